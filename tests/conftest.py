@@ -80,11 +80,23 @@ def local_ray(_aws_files: Path) -> Iterator[None]:
     import ray
 
     with environment({"AWS_CONFIG_FILE": str(_aws_files), "AWS_SHARED_CREDENTIALS_FILE": str(_aws_files)}):
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False
-        )
+        _start_ray(tries=3)
     yield
     ray.shutdown()
+
+
+def _start_ray(tries: int) -> None:
+    """Ray gives up a start that takes half a minute, as on a busy machine: then it is started again."""
+    import ray
+
+    options: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        ray.init(address="local", num_cpus=2, **options)
+    except Exception as error:  # a bare one
+        if tries == 1 or "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        _start_ray(tries - 1)
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +129,28 @@ def ray_merge(local_ray: None) -> Callable[..., Any]:
     def merge(config: Any, folder: Path, options: Any = None, **settings: Any) -> Any:
         settings = {"verbosity": -1, "actors": 1, **settings}
         return raymoe.merge(config, folder, options, settings=RuntimeSettings(**settings), allow_all_same=True)
+
+    return merge
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    """Merges and verifications of the test run in this process, with one worker (tests/runtime/in_process.py)."""
+    from tests.runtime.in_process import in_this_process
+
+    with in_this_process():
+        yield
+
+
+@pytest.fixture
+def merge_in_process(without_ray: None) -> Callable[..., Any]:
+    """`ray_merge` without Ray: merge_in_process(config, folder, options=None, **settings) is `raymoe.merge`."""
+    import raymoe
+    from raymoe.runtime.settings import RuntimeSettings
+
+    def merge(config: Any, folder: Path, options: Any = None, **settings: Any) -> Any:
+        made = RuntimeSettings(**{"verbosity": -1, **settings})
+        return raymoe.merge(config, folder, options, settings=made, allow_all_same=True)
 
     return merge
 

@@ -309,28 +309,15 @@ def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOpt
     return plan
 
 
-def merge_here(config: Mapping[str, Any], folder: Path, options: MergeOptions | None = None) -> None:
+def merge_here(config: Mapping[str, Any] | Path, folder: Path, options: MergeOptions | None = None) -> None:
     """What `raymoe.merge` leaves, written in this process: by the same output, with the journal, record and card."""
-    from raymoe.report.merge_description import MergeDescription
-    from raymoe.runtime import coordinator as run
     from raymoe.runtime.settings import RuntimeSettings
-    from raymoe.runtime.source_files import SourceFiles
+    from tests.runtime.in_process import in_this_process
 
-    content = MergeConfig.model_validate(config)
-    plan = raymoe.plan(content, options, allow_all_same=True)
-    settings = RuntimeSettings(verbosity=-1)
-    target = run.open_target(folder, settings)
-    run._begin(plan, target, settings, SourceFiles(plan, None))
-    with SourceReader(HubOptions()) as reader:
-        rows, summary = compute_routers_locally(plan.gates, reader, device="cpu")
-        records = []
-        for shard in plan.worker_shards:
-            results = [target.do(job, reader, lambda sent, copied: None) for job in target.jobs(shard)]
-            records.append(target.complete(shard, results))
-    records += run._write_router(plan, rows, target, settings)
-    description = MergeDescription(plan=plan, config=content, hub=settings.hub)
-    run._write_small_files(plan, description, target, settings, records, summary)
-    target.release()
+    with in_this_process():
+        settings = RuntimeSettings(verbosity=-1)
+        content = config if isinstance(config, Path) else MergeConfig.model_validate(config)
+        raymoe.merge(content, folder, options, settings=settings, allow_all_same=True)
 
 
 def plan_problems(config: Mapping[str, Any], options: MergeOptions | None = None) -> str:

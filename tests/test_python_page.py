@@ -17,7 +17,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="ut
 
 def test_the_code_runs(
     zoo: Callable[..., Path],
-    local_ray: None,
+    without_ray: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -27,6 +27,22 @@ def problems(config: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    ("keys", "theta"),
+    [
+        ({}, 10_000.0),
+        ({"rope_theta": 3.0}, 3.0),
+        ({"rope_parameters": {"rope_theta": 500.0}}, 500.0),
+        ({"rope_theta": 3.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 500.0),
+        ({"rope_theta": 3.0, "rope_scaling": YARN}, 3.0),
+    ],
+)
+def test_theta_is_read_where_transformers_reads_it(keys: dict[str, Any], theta: float) -> None:
+    """Version 5 keeps it among the parameters of RoPE, version 4 beside them."""
+    spec = read_spec(LLAMA | keys, "m")
+    assert isinstance(spec, DenseSpec) and spec.rope_theta == theta
+
+
+@pytest.mark.parametrize(
     ("config", "said"),
     [
         (LLAMA | {"rope_theta": HUGE}, "rope_theta is 1000"),

@@ -158,14 +158,14 @@ def test_any_range_of_a_shard_can_be_asked_for_by_itself(
                 assert b"".join(shard_range(shard, start, end, reader, rows)) == whole[start:end]
 
 
-def test_a_merge_on_ray_is_verified_and_a_changed_byte_found(
-    zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path: Path
+def test_a_merge_is_verified_and_a_changed_byte_found(
+    zoo: Callable[..., Path], merge_in_process: Callable[..., Any], tmp_path: Path
 ) -> None:
     base, *experts = (zoo("qwen2", seed=seed) for seed in range(3))
     (pair,) = (pair for pair in HOSTS if pair.host == "qwen2_moe")
     config = several(pair, base, experts, [zoo("qwen2", seed=s) for s in (4, 5)], mode="cheap_embed")
     merged = tmp_path / "merged"
-    ray_merge(config, merged)
+    merge_in_process(config, merged)
     settings = RuntimeSettings(verbosity=-1, actors=1)
     assert verify_merge(merged, settings).ok
     plan = raymoe.plan(config)

@@ -139,10 +139,10 @@ def test_any_range_of_a_shard_can_be_asked_for_by_itself(zoo: Callable[..., Path
 
 
 def test_a_changed_byte_is_found_and_named_by_its_tensor(
-    zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path: Path
+    zoo: Callable[..., Path], merge_in_process: Callable[..., Any], tmp_path: Path
 ) -> None:
     base, *experts = (zoo("granite", seed=seed) for seed in range(3))
-    ray_merge(merge_config(base, experts, mode="random"), tmp_path / "merged")
+    merge_in_process(merge_config(base, experts, mode="random"), tmp_path / "merged")
     settings = RuntimeSettings(verbosity=-1, actors=1)
     assert verify_merge(tmp_path / "merged", settings).ok
     plan = merge_without_ray(merge_config(base, experts, mode="random"), tmp_path / "again")

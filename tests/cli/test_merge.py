@@ -58,7 +58,7 @@ def test_as_mergekit_moe_is_called(config: Callable[..., Path], ray_env: dict[st
 
 
 def test_every_flag_of_mergekit_moe(
-    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+    cli: Callable[..., Any], without_ray: None, config: Callable[..., Path], tmp_path: Path
 ) -> None:
     idle = [word for flag, values in MERGEKIT_IDLE.items() for word in (flag, *values)]
     done = cli("merge", config(), tmp_path / "out", *idle, *MERGEKIT_OTHERS)
@@ -71,7 +71,7 @@ def test_every_flag_of_mergekit_moe(
 
 
 def test_opposites_and_short_forms(
-    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+    cli: Callable[..., Any], without_ray: None, config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """mergekit's --no-... forms and -j; --quiet takes back all that is said but errors."""
     opposites = [f"--no-{name}" for name in ("lazy-unpickle", "cuda", "low-cpu-memory", "read-to-gpu", "multi-gpu")]
@@ -83,7 +83,7 @@ def test_opposites_and_short_forms(
 
 
 def test_finished_merge_is_complete(
-    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+    cli: Callable[..., Any], without_ray: None, config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same command again, as schedulers do it: nothing is done but to bring in order what is missing beside it."""
     out, flags = tmp_path / "out", ("--out-shard-size", "300K")
@@ -127,7 +127,7 @@ def test_finished_merge_is_complete(
 
 
 def test_card_that_a_finished_merge_lacks(
-    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+    cli: Callable[..., Any], without_ray: None, config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Whether there is a card is not in the digest."""
     out = tmp_path / "out"
@@ -138,7 +138,7 @@ def test_card_that_a_finished_merge_lacks(
 
 
 def test_finished_merge_is_not_overwritten_unasked(
-    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+    cli: Callable[..., Any], without_ray: None, config: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     assert cli("merge", config(), out, "--out-shard-size", "300K").code == 0
@@ -163,7 +163,7 @@ def test_finished_merge_is_not_overwritten_unasked(
 
 @pytest.mark.parametrize("flag", ["--write-model-card", "--no-write-model-card"])
 def test_model_card(
-    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path, flag: str
+    cli: Callable[..., Any], without_ray: None, config: Callable[..., Path], tmp_path: Path, flag: str
 ) -> None:
     assert cli("merge", config(), tmp_path / "out", flag).code == 0
     assert (tmp_path / "out/README.md").exists() == (flag == "--write-model-card")
@@ -206,8 +206,9 @@ def test_help_shows_no_idle_flags(cli: Callable[..., Any]) -> None:
     assert not [flag for flag in MERGEKIT_IDLE if flag in done.out]
 
 
-@pytest.mark.processes
-def test_overwriting_leaves_nothing_of_another_model(zoo: Callable[..., Path], cli: Cli, tmp_path: Path) -> None:
+def test_overwriting_leaves_nothing_of_another_model(
+    zoo: Callable[..., Path], cli: Cli, without_ray: None, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     (out / "chat_templates").mkdir(parents=True)
     theirs = (

@@ -328,7 +328,7 @@ def test_a_finished_merge_is_not_overwritten_by_chance(store: Store, finished: t
 
 def test_each_byte_is_read_once(store: Store, zoo: Callable[..., Path], tmp_path: Path) -> None:
     """The weights of FFNs that the gate pass reads are those that shards are written from."""
-    from tests.pico import merge_config
+    from tests.pico import merge_config, merge_without_ray
 
     options = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 1024, "dtype": "bfloat16"}
     here = [zoo("llama", seed=seed, **options) for seed in (0, 1, 2)]
@@ -354,8 +354,7 @@ def test_each_byte_is_read_once(store: Store, zoo: Callable[..., Path], tmp_path
     # What is no FFN is read for the base's shards and for each expert's prompts.
     assert ffn > 0.8 * output
     assert output - ffn < read < output + 3 * (output - ffn)
-    local = write_config(tmp_path / "local.yaml", merge_config(here[0], here[1:], mode="ridge"))
-    assert store.run("merge", local, tmp_path / "same", "--actors", "1").returncode == 0
+    merge_without_ray(merge_config(here[0], here[1:], mode="ridge"), tmp_path / "same")
     for shard in (tmp_path / "same").glob("*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
 
@@ -373,7 +372,8 @@ def test_eight_adapters_of_one_base_read_it_once(
     actors: int, to_bucket: bool, store: Store, zoo: Callable[..., Path], tmp_path: Path
 ) -> None:
     """By each actor, whether for prompts or for shards, of which each takes the same FFNs and another adapter."""
-    from tests.pico import merge_config, save_lora
+    from raymoe.config import load_config
+    from tests.pico import merge_config, merge_without_ray, save_lora
 
     options = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 1024, "dtype": "bfloat16"}
     base, client, name = zoo("llama", **options), store.server.client(), f"lora/{uuid.uuid4().hex[:8]}"
@@ -410,7 +410,7 @@ def test_eight_adapters_of_one_base_read_it_once(
     # The attention is read for prompts and for the base's shard; factors for prompts, and for each matrix of shards.
     assert read < actors * 1.3 * model + 3 * factors
     local = config_of("local.yaml", base, [f"{base}+{adapter}" for adapter in adapters])
-    assert store.run("merge", local, tmp_path / "same", "--actors", "1").returncode == 0
+    merge_without_ray(load_config(local).to_plain(), tmp_path / "same")
     files = store.files(output) if to_bucket else {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     for shard in (tmp_path / "same").glob("*.safetensors"):
         assert files[shard.name] == shard.read_bytes()

@@ -68,7 +68,7 @@ def test_sums_agree(cli: Callable[..., Any], config: Callable[..., Path], keys: 
 
 
 def test_plan_is_what_the_merge_writes(
-    cli: Callable[..., Any], ray_merge: Callable[..., Any], config: Callable[..., Path], tmp_path: Path
+    cli: Callable[..., Any], without_ray: None, config: Callable[..., Path], tmp_path: Path
 ) -> None:
     flags = ["--out-shard-size", "300K"]
     plan = json.loads(cli("plan", config(), "--json", *flags).out)
@@ -80,7 +80,7 @@ def test_plan_is_what_the_merge_writes(
 
 
 def test_plan_says_what_is_at_the_output(
-    cli: Callable[..., Any], ray_merge: Callable[..., Any], config: Callable[..., Path], tmp_path: Path
+    cli: Callable[..., Any], without_ray: None, config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """What `merge` would refuse, with the same words; and that an unfinished merge goes on."""
     from raymoe.storage.outputs.local import LocalOutput

@@ -25,7 +25,7 @@ TEXTS = [[f"{word} number {number}" for number in range(40)] for word in ("river
 
 
 @pytest.fixture(scope="module")
-def place(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with three files of prompts, a config that names them, and `out`, its merge."""
     folder = tmp_path_factory.mktemp("prompt-files")
     (folder / "a.jsonl").write_text("".join(json.dumps({"q": text}) + "\n\n" for text in TEXTS[0]))
@@ -48,7 +48,7 @@ def place(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_fact
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        ray_merge(write_config(folder / "files.yaml", config), folder / "out")
+        merge_here(write_config(folder / "files.yaml", config), folder / "out")
     return folder
 
 
@@ -115,12 +115,12 @@ def test_problems_of_files_and_models_come_together(cli: Cli, place: Path, tmp_p
     assert "no folder './no-model' here" in done.err
 
 
-def test_verify_from_another_folder(cli: Cli, place: Path, local_ray: None) -> None:
+def test_verify_from_another_folder(cli: Cli, place: Path, without_ray: None) -> None:
     done = cli("verify", place / "out", "--actors", "1")
     assert (done.code, done.out.partition(":")[0]) == (0, "verified")
 
 
-def test_verify_names_the_file_that_changed_or_is_gone(cli: Cli, place: Path, local_ray: None) -> None:
+def test_verify_names_the_file_that_changed_or_is_gone(cli: Cli, place: Path, without_ray: None) -> None:
     file, aside = place / "a.jsonl", place / "aside"
     shutil.copy(file, aside)
     try:

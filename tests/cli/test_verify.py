@@ -61,7 +61,7 @@ def flip_byte(path: Path, tensor: str) -> None:
     path.write_bytes(content)
 
 
-def test_good(cli: Cli, local_ray: None, finished: Path) -> None:
+def test_good(cli: Cli, without_ray: None, finished: Path) -> None:
     done = cli("verify", finished, *ONE)
     assert done.code == 0
     assert "written" not in done.err  # of progress lines, where there are any: this command writes nothing
@@ -70,7 +70,7 @@ def test_good(cli: Cli, local_ray: None, finished: Path) -> None:
     assert cli("verify", finished, "--quiet", *ONE).out == ""
 
 
-def test_every_difference_is_listed(cli: Cli, local_ray: None, merged: Path) -> None:
+def test_every_difference_is_listed(cli: Cli, without_ray: None, merged: Path) -> None:
     """A flipped bit in an expert, in attention and in a router, a changed config, and a tensor too many."""
     for tensor in ("0.block_sparse_moe.experts.1.w2", "2.self_attn.q_proj", "1.block_sparse_moe.gate"):
         flip_byte(shard_of(merged, tensor), tensor)
@@ -96,7 +96,7 @@ def test_every_difference_is_listed(cli: Cli, local_ray: None, merged: Path) -> 
     ]
 
 
-def test_truncated_shard(cli: Cli, local_ray: None, merged: Path) -> None:
+def test_truncated_shard(cli: Cli, without_ray: None, merged: Path) -> None:
     shard = shard_of(merged, "experts.0.w1")
     size = shard.stat().st_size
     os.truncate(shard, size - 1)
@@ -105,7 +105,7 @@ def test_truncated_shard(cli: Cli, local_ray: None, merged: Path) -> None:
     assert f"{shard.name}: {size - 1} bytes, expected {size}" in done.out
 
 
-def test_missing_shard(cli: Cli, local_ray: None, merged: Path) -> None:
+def test_missing_shard(cli: Cli, without_ray: None, merged: Path) -> None:
     shard = shard_of(merged, "experts.0.w1")
     shard.unlink()
     done = cli("verify", merged, *ONE)
@@ -113,7 +113,7 @@ def test_missing_shard(cli: Cli, local_ray: None, merged: Path) -> None:
     assert f"{shard.name}: missing" in done.out
 
 
-def test_changed_source(cli: Cli, local_ray: None, sources: Path, finished: Path) -> None:
+def test_changed_source(cli: Cli, without_ray: None, sources: Path, finished: Path) -> None:
     source = sources / "model-2/model.safetensors"
     before = source.read_bytes()
     try:
@@ -176,7 +176,7 @@ def test_from_another_folder(sources: Path, ray_env: dict[str, str], tmp_path: P
     assert done.stdout.startswith("verified: ")
 
 
-def test_a_card_may_be_edited(merged: Path, cli: Cli, local_ray: None) -> None:
+def test_a_card_may_be_edited(merged: Path, cli: Cli, without_ray: None) -> None:
     with open(merged / "README.md", "a") as file:
         file.write("\nBy hand.\n")
     answer = cli("verify", merged, *ONE)
@@ -225,7 +225,7 @@ def test_a_record_does_not_say_where_credentials_go(
         monkeypatch.setenv(name, value)
     no_such = [Answer(404, code="NoSuchBucket")] * 20
     with canned(*no_such) as theirs, canned(*no_such) as ours:
-        storage = {"profile": "work"} if how == "profile" else {"endpoint": theirs.url, "deadline_s": 3}
+        storage = {"profile": "work"} if how == "profile" else {"endpoint": theirs.url}
         record = {**S3_RECORD, "config": {**S3_RECORD["config"], "storage": storage}}
         (tmp_path / "raymoe.json").write_text(json.dumps(record))
         (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')

@@ -50,7 +50,7 @@ def test_every_storage_setting_has_a_type_and_two_rows() -> None:
 
 
 def test_python_examples_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoo: Callable[..., Path], local_ray: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoo: Callable[..., Path], without_ray: None
 ) -> None:
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"label": label, "text": f"some text of {label}"}) + "\n" for label in ("0", "1"))

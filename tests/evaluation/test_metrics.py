@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from raymoe.evaluation.metrics import RoutingCounts, gap_closed, losses
+from raymoe.evaluation.token_routing import TokenRouting
 
 
 def test_losses_are_over_tokens_and_the_mean_over_labels() -> None:
@@ -57,3 +58,16 @@ def test_one_expert_is_even() -> None:
     counts = RoutingCounts(["a"], [0], 1, 1)
     counts.add(0, 0, np.zeros((3, 1), np.int64), np.ones((3, 1), np.float32))
     assert counts.shares()["load_entropy"] == [1.0]
+
+
+def test_shares_of_a_prompt_and_its_answer_leave_out_the_first_tokens() -> None:
+    """Three tokens in one step and one in the next, each in two layers by two of three experts; the first is BOS."""
+    routing, weights = TokenRouting(3), np.array([[0.75, 0.25]] * 3, np.float32)
+    for layer, chosen in enumerate(([[0, 1], [1, 0], [1, 2]], [[0, 1], [1, 2], [2, 1]])):
+        routing.add(layer, np.array(chosen), weights)
+    for layer in range(2):
+        routing.add(layer, np.array([[2, 0]]), np.array([[0.5, 0.5]], np.float32))
+    first, weight = routing.shares(1)
+    assert first == [0, 0.5, 0.5] and weight == pytest.approx([1.25 / 6, 2.5 / 6, 2.25 / 6], abs=1e-6)
+    assert routing.shares(0)[0] == [0.25, 0.375, 0.375]
+    assert [first for first, _ in routing.shares_per_token(1)] == [[0, 1, 0], [0, 0.5, 0.5], [0, 0, 1]]

@@ -351,3 +351,21 @@ def test_kinds_of_errors() -> None:
     lasting = [PermissionError(), FileNotFoundError(), ValueError(), exceptions.NoCredentialsError()]
     lasting += [exceptions.SSLError(endpoint_url="", error="")]
     assert [classify_error(error) for error in lasting] == [FailureKind.PERMANENT] * len(lasting)
+
+
+@pytest.mark.parametrize(
+    ("kind", "statuses"),
+    [
+        (FailureKind.THROTTLED, (429, 503)),
+        (FailureKind.TRANSIENT, (408, 500, 502, 504)),
+        (FailureKind.PERMANENT, (301, 400, 403, 404, 412, 416, 501)),
+    ],
+)
+def test_kinds_of_answers_without_a_code(kind: FailureKind, statuses: tuple[int, ...]) -> None:
+    """As proxies and load balancers give them."""
+
+    class Answered(Exception):
+        def __init__(self, status: int) -> None:
+            self.status = status
+
+    assert {status: classify_error(Answered(status)) for status in statuses} == dict.fromkeys(statuses, kind)

@@ -58,7 +58,7 @@ def test_a_token_without_a_row(base: Path) -> None:
     raymoe.plan(config_of(base, mode="random"), allow_all_same=True)
 
 
-def test_a_token_that_only_the_template_writes(base: Path, ray_merge: Any, tmp_path: Path) -> None:
+def test_a_token_that_only_the_template_writes(base: Path, merge_in_process: Any, tmp_path: Path) -> None:
     """A template is run by transformers, which planning does without: found by the merge, before it writes."""
     add_token(base, "<extra>")
     (base / "chat_template.jinja").write_text("<extra>{{ messages[0]['content'] }}")
@@ -67,7 +67,7 @@ def test_a_token_that_only_the_template_writes(base: Path, ray_merge: Any, tmp_p
     problems = prompt_problems(plan.gates, trust_remote_code=False)
     assert {problem.what.partition(" (")[0] for problem in problems} == {"its token '<extra>'"}
     with pytest.raises(ProblemReport, match="its token '<extra>'"):
-        ray_merge(config, tmp_path / "out")
+        merge_in_process(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not prompt_problems(raymoe.plan(config_of(base), allow_all_same=True).gates, trust_remote_code=False)
 
@@ -231,7 +231,7 @@ def modules_of_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_own_code_is_copied(own_code: Path, ray_merge: Any, tmp_path: Path) -> None:
+def test_own_code_is_copied(own_code: Path, merge_in_process: Any, tmp_path: Path) -> None:
     """Whatever the gate mode, and without running it: the output's tokenizer is as whole as the base's."""
     from transformers import AutoTokenizer
 
@@ -239,19 +239,19 @@ def test_own_code_is_copied(own_code: Path, ray_merge: Any, tmp_path: Path) -> N
     plan = raymoe.plan(config, allow_all_same=True)
     (warning,) = [w for w in plan.warnings if "code of its own" in w]
     assert "(helper_own.py, tokenization_own.py), which is copied" in warning
-    ray_merge(config, tmp_path / "out")
+    merge_in_process(config, tmp_path / "out")
     loaded = AutoTokenizer.from_pretrained(str(tmp_path / "out"), trust_remote_code=True)
     assert (type(loaded).__name__, loaded.code) == ("OwnTokenizer", "own")
     without = raymoe.plan(config, MergeOptions(copy_tokenizer=False), allow_all_same=True)
     assert not without.warnings and not [side for side in without.side_files if side.name.endswith(".py")]
 
 
-def test_own_code_runs_if_it_is_allowed(own_code: Path, ray_merge: Any, tmp_path: Path) -> None:
+def test_own_code_runs_if_it_is_allowed(own_code: Path, merge_in_process: Any, tmp_path: Path) -> None:
     config = config_of(own_code)
     with pytest.raises(ProblemReport, match=r"code of its own, which is not run .*\n.*give --trust-remote-code"):
-        ray_merge(config, tmp_path / "out")
+        merge_in_process(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    ray_merge(config, tmp_path / "out", trust_remote_code=True)
+    merge_in_process(config, tmp_path / "out", trust_remote_code=True)
     assert (tmp_path / "out/tokenization_own.py").exists()
 
 

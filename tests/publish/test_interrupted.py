@@ -220,7 +220,7 @@ def test_a_merge_that_can_t_be_done_makes_no_repository(
     assert hub.written == {}
 
 
-def test_from_python(hub: WritableHub, config: Callable[..., Path], local_ray: None, tmp_path: Path) -> None:
+def test_from_python(hub: WritableHub, config: Callable[..., Path], without_ray: None, tmp_path: Path) -> None:
     from raymoe.api import merge_and_push
     from raymoe.publish.repository import PushTarget
 

@@ -15,7 +15,7 @@ from tests.publish.hub import WritableHub
 
 
 @pytest.fixture
-def arguments(zoo: Callable[..., Path], local_ray: None, tmp_path: Path) -> dict[str, Any]:
+def arguments(zoo: Callable[..., Path], without_ray: None, tmp_path: Path) -> dict[str, Any]:
     config = merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)], mode="random")
     return {**config, "out": tmp_path / "out", "out_shard_size": 300_000, "actors": 1}
 

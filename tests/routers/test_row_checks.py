@@ -161,27 +161,29 @@ def test_rows_that_are_equal_or_zero_are_warned_of() -> None:
     assert not list(zero_row_warnings([rows, rows], NAMES[:2]))
 
 
-def test_mirrored_prompts_are_no_fault(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path: Path) -> None:
+def test_mirrored_prompts_are_no_fault(
+    zoo: Callable[..., Path], merge_in_process: Callable[..., Any], tmp_path: Path
+) -> None:
     """Each expert's positive prompts are the other's negative ones, as published configs have it."""
     config = merge_config(zoo("llama"), [zoo("llama", seed=number) for number in range(2)], mode="cheap_embed")
     first, second = config["experts"]
     first["negative_prompts"], second["negative_prompts"] = second["positive_prompts"], first["positive_prompts"]
-    assert not ray_merge(config, tmp_path / "merged").warnings
+    assert not merge_in_process(config, tmp_path / "merged").warnings
 
 
 def test_a_merge_of_nearly_equal_prompts_warns(
-    zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path: Path
+    zoo: Callable[..., Path], merge_in_process: Callable[..., Any], tmp_path: Path
 ) -> None:
     base = zoo("llama")
     config = merge_config(base, [base, zoo("llama", seed=1)], mode="cheap_embed")
     text = "The work is licensed under the terms of this licence, and no other terms apply"
     for expert, end in zip(config["experts"], ".!", strict=True):
         expert["positive_prompts"] = [text + end]
-    result = ray_merge(config, tmp_path / "merged")
+    result = merge_in_process(config, tmp_path / "merged")
     assert len(result.warnings) == 1
     warning = r"nearly parallel .* in 3 of 3 layers: layers 0-2\. Worst is layer \d: cosine 0\.9\d\d between expert 0 "
     assert re.search(warning, result.warnings[0])
-    assert not ray_merge(merge_config(base, [base] * 2, mode="random"), tmp_path / "random").warnings
+    assert not merge_in_process(merge_config(base, [base] * 2, mode="random"), tmp_path / "random").warnings
 
 
 # --- prompts
@@ -222,11 +224,11 @@ def test_a_token_beyond_the_vocabulary_is_refused(zoo: Callable[..., Path]) -> N
         tokenize(tokenizer, [text, text + "!"], vocab=top, owner=Owner.expert(1))
 
 
-def test_a_merge_with_a_small_vocabulary_is_refused(ray_merge: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_merge_with_a_small_vocabulary_is_refused(merge_in_process: Callable[..., Any], tmp_path: Path) -> None:
     small = save_model(tmp_path / "small", "llama", vocab_size=300)
     config = merge_config(small, [small] * 2, mode="cheap_embed")
     with pytest.raises(ProblemReport, match=r"expert 0, prompt 1 .*has no row in the embedding of 300 rows"):
-        ray_merge(config, tmp_path / "merged")
+        merge_in_process(config, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

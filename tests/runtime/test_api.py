@@ -98,7 +98,9 @@ def test_not_in_the_main_thread(many_shards: Merge, local_ray: None, tmp_path: P
     assert hashes(tmp_path / "out") == many_shards.files
 
 
-def test_an_error_gives_the_output_back(many_shards: Merge, local_ray: None, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_error_gives_the_output_back(
+    many_shards: Merge, without_ray: None, tmp_path: Path, monkeypatch: Any
+) -> None:
     """A caller that catches an error, or Ctrl-C in a notebook, may call again: the lock is not held for ever."""
     import raymoe.runtime.coordinator as merge_module
 
@@ -113,7 +115,7 @@ def test_an_error_gives_the_output_back(many_shards: Merge, local_ray: None, tmp
     assert hashes(tmp_path / "out") == many_shards.files
 
 
-def test_another_seed_is_another_merge(many_shards: Merge, local_ray: None, tmp_path: Path) -> None:
+def test_another_seed_is_another_merge(many_shards: Merge, without_ray: None, tmp_path: Path) -> None:
     """Else the comparisons of this folder would prove nothing."""
     options = MergeOptions(max_shard_bytes=OPTIONS.max_shard_bytes, model_card=False, seed=1)
     raymoe.merge(many_shards.config, tmp_path / "out", options, settings=QUIET)

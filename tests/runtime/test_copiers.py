@@ -26,6 +26,9 @@ def test_prompts_are_read_by_the_actor_with_a_gpu(
     config = write_config(tmp_path / "config.yaml", merge_config(base, experts, mode=mode))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # the user's own word reaches all actors
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray would start nine workers beside the three actors. On few cores the one with the GPU may then be so late that
+    # the others do not wait for it any more (STARTUP_GRACE_S).
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
     cluster = Cluster(head_node_args={"num_cpus": 9, "num_gpus": 1, "include_dashboard": False}, initialize_head=True)
     try:
         env = {**os.environ, "RAY_ADDRESS": cluster.address}

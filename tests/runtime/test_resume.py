@@ -91,20 +91,20 @@ def half(unfinished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(unfinished, tmp_path / "out"))
 
 
-def test_another_plan_is_refused(many_shards: Merge, half: Path, ray_merge: Run) -> None:
+def test_another_plan_is_refused(many_shards: Merge, half: Path, merge_in_process: Run) -> None:
     before = hashes(half)
     other_seed, other_size = MergeOptions(max_shard_bytes=SHARD_BYTES, seed=1), MergeOptions(max_shard_bytes=30_000)
     for options in (other_seed, other_size):
         with pytest.raises(ProblemReport, match=r"unfinished merge of another plan .* is in this folder"):
-            ray_merge(many_shards.config, half, options)
+            merge_in_process(many_shards.config, half, options)
     assert hashes(half) == before
 
 
-def test_another_plan_with_overwrite(many_shards: Merge, half: Path, ray_merge: Run, tmp_path: Path) -> None:
+def test_another_plan_with_overwrite(many_shards: Merge, half: Path, merge_in_process: Run, tmp_path: Path) -> None:
     other = MergeOptions(max_shard_bytes=SHARD_BYTES, model_card=False, seed=1)
-    result = ray_merge(many_shards.config, half, other, overwrite=True)
+    result = merge_in_process(many_shards.config, half, other, overwrite=True)
     assert result.bytes_kept == 0
-    ray_merge(many_shards.config, tmp_path / "fresh", other)
+    merge_in_process(many_shards.config, tmp_path / "fresh", other)
     assert hashes(half) == hashes(tmp_path / "fresh")
     assert hashes(half).keys() == many_shards.files.keys()
     assert hashes(half) != many_shards.files
@@ -116,23 +116,23 @@ def test_same_plan_with_overwrite_goes_on(many_shards: Merge, half: Path, ray_me
     assert hashes(half) == many_shards.files
 
 
-def test_changed_source(many_shards: Merge, zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path) -> None:
+def test_changed_source(many_shards: Merge, zoo: Callable[..., Path], merge_in_process: Run, tmp_path: Path) -> None:
     """Sources of the same sizes and other weights: refused, and with --overwrite nothing of the old ones is left."""
     from tests.pico import merge_config
 
     models = [Path(shutil.copytree(zoo("llama", seed=n, dtype="bfloat16"), tmp_path / str(n))) for n in range(3)]
     config, out = merge_config(models[0], models[1:], mode="random"), tmp_path / "out"
-    stop_after_two_shards(config, out, ray_merge)
+    stop_after_two_shards(config, out, merge_in_process)
     shutil.copy(zoo("llama", seed=3, dtype="bfloat16") / "model.safetensors", models[0])
     with pytest.raises(ProblemReport, match=r"source files changed since .* interrupted: .*/0/model.safetensors"):
-        ray_merge(config, out, OPTIONS)
-    result = ray_merge(config, out, OPTIONS, overwrite=True)
+        merge_in_process(config, out, OPTIONS)
+    result = merge_in_process(config, out, OPTIONS, overwrite=True)
     assert result.bytes_kept == 0
-    ray_merge(config, tmp_path / "fresh", OPTIONS)
+    merge_in_process(config, tmp_path / "fresh", OPTIONS)
     assert hashes(out) == hashes(tmp_path / "fresh")
 
 
-def stop_after_two_shards(config: Any, out: Path, ray_merge: Run) -> None:
+def stop_after_two_shards(config: Any, out: Path, merge_in_process: Run) -> None:
     """An unfinished merge, made by the storage layer itself: the first two shards of the plan."""
     import raymoe
     from raymoe.sources.hub import HubOptions
@@ -151,24 +151,24 @@ def stop_after_two_shards(config: Any, out: Path, ray_merge: Run) -> None:
     output.journal.release()
 
 
-def test_killed_before_anything_was_written(many_shards: Merge, ray_merge: Run, tmp_path: Path) -> None:
+def test_killed_before_anything_was_written(many_shards: Merge, merge_in_process: Run, tmp_path: Path) -> None:
     """What a merge leaves that dies in its very first steps does not need --overwrite."""
     (tmp_path / "out/.raymoe/parts").mkdir(parents=True)
     (tmp_path / "out/.raymoe/lock").touch()
-    ray_merge(many_shards.config, tmp_path / "out", OPTIONS)
+    merge_in_process(many_shards.config, tmp_path / "out", OPTIONS)
     assert hashes(tmp_path / "out") == many_shards.files
 
 
-def test_killed_in_the_last_steps(many_shards: Merge, half: Path, ray_merge: Run, tmp_path: Path) -> None:
+def test_killed_in_the_last_steps(many_shards: Merge, half: Path, merge_in_process: Run, tmp_path: Path) -> None:
     """The record is written and the journal not yet removed, or only in part: nothing is left to do but that."""
     journal = tmp_path / "journal"
     shutil.copytree(half / ".raymoe", journal)
-    ray_merge(many_shards.config, half, OPTIONS)
+    merge_in_process(many_shards.config, half, OPTIONS)
     for gone in ((), ("plan.json",), ("plan.json", "lock")):
         shutil.copytree(journal, half / ".raymoe")
         for name in gone:
             (half / ".raymoe" / name).unlink()
-        result = ray_merge(many_shards.config, half, OPTIONS)
+        result = merge_in_process(many_shards.config, half, OPTIONS)
         assert result.was_complete and result.bytes_written == 0
         assert {file.name for file in result.files} | {"raymoe.json"} == many_shards.files.keys()
         assert hashes(half) == many_shards.files
@@ -192,10 +192,10 @@ def test_two_at_once(many_shards: Merge, ray_env: dict[str, str], ray_merge: Run
     assert hashes(out) == many_shards.files
 
 
-def test_a_merge_leaves_no_lock_where_it_was_refused(many_shards: Merge, ray_merge: Run, tmp_path: Path) -> None:
-    ray_merge(many_shards.config, tmp_path / "out", OPTIONS)
+def test_a_merge_leaves_no_lock_where_it_was_refused(many_shards: Merge, merge_in_process: Run, tmp_path: Path) -> None:
+    merge_in_process(many_shards.config, tmp_path / "out", OPTIONS)
     with pytest.raises(ProblemReport, match="holds a finished merge"):
-        ray_merge(many_shards.config, tmp_path / "out", MergeOptions(max_shard_bytes=30_000))
+        merge_in_process(many_shards.config, tmp_path / "out", MergeOptions(max_shard_bytes=30_000))
     assert not (tmp_path / "out/.raymoe").exists()
     assert json.loads((tmp_path / "out/raymoe.json").read_text())["files"].keys() | {"raymoe.json"} == set(
         os.listdir(tmp_path / "out")

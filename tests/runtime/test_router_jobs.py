@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from raymoe.planning.owner import Owner
 from raymoe.runtime.jobs import Lost
 from raymoe.runtime.router_jobs import FitLayerJob, GateWork, ReadPromptsJob
 from tests.pico import HIDDEN, LAYERS, merge_config
+from tests.runtime.fake_cluster import FakeCluster
 
 OWNERS = [Owner.expert(number) for number in range(3)]
 
@@ -84,6 +85,43 @@ def test_no_more_readers_at_once_than_there_may_be(local_ray: None, zoo: Callabl
     second.complete(None)
     third = work.next_reading()
     assert third is not None and third.owners == (OWNERS[2],)
+
+
+class Fitting:
+    """An actor that is asked for a layer's router; `inputs` are the states that it is given."""
+
+    inputs: tuple[Any, ...] = ()
+
+    @property
+    def fit_layer(self) -> Fitting:
+        return self
+
+    def options(self, *, name: str) -> Fitting:
+        return self
+
+    def remote(self, mode: str, experts: int, counts: Sequence[int], *inputs: Any) -> None:
+        assert sum(counts) == len(inputs)
+        self.inputs = inputs
+
+
+def test_states_are_in_the_order_of_experts_and_parts(
+    zoo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever have been read first: the order of a sum changes its last bits."""
+    monkeypatch.setattr("raymoe.routers.prompt_passes.STATE_BYTES", 5_000)
+    config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="ridge")
+    work, jobs, actor = GateWork(raymoe.plan(config).gates, 100, transport=FakeCluster()), [], Fitting()
+    while job := work.next_reading():
+        job.states = [(part.owner, part.part, layer) for layer in range(LAYERS) for part in job.readings]
+        jobs.append(job)
+    for job in reversed(jobs):
+        job.complete(None)
+    fitted = work.next_layer()
+    assert fitted is not None
+    fitted.start(actor)
+    assert len(actor.inputs) == work.readings > 2 * len(OWNERS)
+    assert list(actor.inputs) == sorted(actor.inputs, key=lambda state: (OWNERS.index(state[0]), state[1]))
+    assert {layer for _, _, layer in actor.inputs} == {0}
 
 
 def test_rows_of_all_layers_by_owner_whatever_their_order(work: GateWork) -> None:

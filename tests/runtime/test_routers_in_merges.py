@@ -109,19 +109,19 @@ def test_a_merge_killed_while_prompts_are_read_goes_on(
     assert hashes(out) == hashes(finished / "out")
 
 
-def test_random_routers_are_not_judged(zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path) -> None:
-    result = ray_merge(config_with(zoo, "qwz", mode="random"), tmp_path / "out", MergeOptions(model_card=False))
+def test_random_routers_are_not_judged(zoo: Callable[..., Path], merge_in_process: Run, tmp_path: Path) -> None:
+    result = merge_in_process(config_with(zoo, "qwz", mode="random"), tmp_path / "out", MergeOptions(model_card=False))
     assert result.router_lines == ()
     assert json.loads((tmp_path / "out/raymoe.json").read_text())["routers"] is None
 
 
 def test_one_prompt_an_expert_is_merged_and_not_judged(
-    zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path
+    zoo: Callable[..., Path], merge_in_process: Run, tmp_path: Path
 ) -> None:
     config = config_with(zoo, "qwz")
     for expert in config["experts"]:
         del expert["positive_prompts"][1:]
-    result = ray_merge(config, tmp_path / "out")
+    result = merge_in_process(config, tmp_path / "out")
     assert result.router_lines == ()
     (warning,) = result.warnings
     assert warning.startswith("few prompts (expert 0 has 1, expert 1 has 1, expert 2 has 1): ")
@@ -130,12 +130,12 @@ def test_one_prompt_an_expert_is_merged_and_not_judged(
 
 
 def test_modes_that_sum_are_judged_in_the_layers_that_they_run(
-    zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path
+    zoo: Callable[..., Path], merge_in_process: Run, tmp_path: Path
 ) -> None:
     """Experts 0 and 1 have the same prompts: the first of equal scores wins, and the other is warned of."""
     config = config_with(zoo, "qqz", mode="hidden_avg")
     config["experts"][1]["positive_prompts"] = config["experts"][0]["positive_prompts"]
-    result = ray_merge(config, tmp_path / "out")
+    result = merge_in_process(config, tmp_path / "out")
     routers = json.loads((tmp_path / "out/raymoe.json").read_text())["routers"]
     assert [layer["layer"] for layer in routers["layers"]] == list(range(LAYERS - 1))
     assert all(layer.keys() == {"layer", "accuracy", "load"} and layer["load"][1] == 0 for layer in routers["layers"])
@@ -146,9 +146,9 @@ def test_modes_that_sum_are_judged_in_the_layers_that_they_run(
     assert len(result.router_lines) == 2
 
 
-def test_prompts_of_one_kind_are_warned_of(zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path) -> None:
+def test_prompts_of_one_kind_are_warned_of(zoo: Callable[..., Path], merge_in_process: Run, tmp_path: Path) -> None:
     """Nothing tells whose they are, where one model reads them all; nor is the mode that one has a remedy."""
-    result = ray_merge(config_with(zoo, "kkk", prompt_model="base"), tmp_path / "out")
+    result = merge_in_process(config_with(zoo, "kkk", prompt_model="base"), tmp_path / "out")
     (warning,) = (warning for warning in result.warnings if "hardly tell" in warning)
     assert re.match(
         r"the routers hardly tell the experts' prompts apart: \d\d% of .* and 33% would by chance; ", warning
@@ -157,7 +157,7 @@ def test_prompts_of_one_kind_are_warned_of(zoo: Callable[..., Path], ray_merge: 
 
 
 def test_a_lora_a_gated_shared_expert_and_negative_prompts(
-    zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path
+    zoo: Callable[..., Path], merge_in_process: Run, tmp_path: Path
 ) -> None:
     base = zoo("qwen2")
     adapter = save_lora(tmp_path / "lora", base, ["gate_proj", "down_proj"])
@@ -171,7 +171,7 @@ def test_a_lora_a_gated_shared_expert_and_negative_prompts(
     for number, expert in enumerate((*config["experts"], *config["shared_experts"])):
         expert["positive_prompts"] = prompts_of("qwz"[number], number)
         expert["negative_prompts"] = prompts_of("j", 9)
-    result = ray_merge(config, tmp_path / "out")
+    result = merge_in_process(config, tmp_path / "out")
     assert "chance 50%" in result.router_lines[0]
     blocks = moe_blocks(load_merged(tmp_path / "out"))
     for block in blocks:

@@ -286,6 +286,19 @@ def test_prompts_of_a_dead_actor_are_read_by_another(cluster: FakeCluster, run: 
     assert {actor for when, actor, _ in cluster.begun("capture") if when > 0.5} == {second}
 
 
+def test_the_router_of_a_dead_actor_is_made_by_another(cluster: FakeCluster, run: Run) -> None:
+    first, other = cluster.actor(), cluster.actor()
+
+    def is_fitting() -> bool:
+        return any(actor is first for _, actor, _ in cluster.begun("fit_layer"))
+
+    cluster.when(is_fitting, lambda: cluster.kill(first, back_after=None))
+    outcome = run(Written(), "hidden")
+    assert outcome.gates_done and outcome.layers_done == LAYERS
+    begun = cluster.begun("fit_layer")
+    assert len(begun) == LAYERS + 1 and sum(actor is other for _, actor, _ in begun) == LAYERS
+
+
 def test_a_job_that_kills_every_actor_ends_the_merge(cluster: FakeCluster, run: Run) -> None:
     actors = [cluster.actor(), cluster.actor()]
     cluster.takes["write"] = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,21 @@ def test_linear(
     found = combined(reader, combination("linear", base, experts, weights=weights, scale=scale))
     start = base.astype(np.float64)
     assert np.allclose(found, start + scale * (mean(experts, weights) - start), rtol=0, atol=2e-6)
+
+
+def test_experts_are_added_in_their_order(reader: SourceReader, combination: Callable[..., Combination]) -> None:
+    """Another order gives other last bits, and so another merge of the same plan."""
+    experts = [values(seed).astype(np.float32) for seed in range(6)]
+    weights = (1.0, 0.3, 2.0, 0.7, 5.0, 0.1)
+
+    def added(order: Sequence[int]) -> bytes:
+        changes = np.zeros_like(experts[0])
+        for number in order:
+            changes += (experts[number] - experts[0]) * np.float32(weights[number])
+        return (experts[0] + changes / np.float32(math.fsum(weights))).tobytes()
+
+    found = combined(reader, combination("linear", values(9), experts, weights=weights)).tobytes()
+    assert found == added(range(1, 6)) != added(range(5, 0, -1))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 4.0)])

@@ -183,33 +183,33 @@ def broken(zoo: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def test_a_merge_of_a_broken_model(
-    broken: Path, ray_merge: Callable[..., Any], zoo: Callable[..., Path], tmp_path: Path
+    broken: Path, merge_in_process: Callable[..., Any], zoo: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Copied without a look; computed with a warning; and with strict neither, before there is an index."""
     config = merge_config(zoo("llama"), [broken, zoo("llama", seed=2)], mode="random")
-    assert ray_merge(config, tmp_path / "copied").warnings == ()
+    assert merge_in_process(config, tmp_path / "copied").warnings == ()
     noisy = merge_config(
         zoo("llama"), [broken, zoo("llama", seed=2)], mode="random", expert_options={"noise_scale": 0.1}
     )
-    (warning,) = ray_merge(noisy, tmp_path / "noisy").warnings
+    (warning,) = merge_in_process(noisy, tmp_path / "noisy").warnings
     name = "model.layers.1.block_sparse_moe.experts.0.w3.weight"
     assert warning == f"{name}: NaN or infinity in model.layers.1.mlp.up_proj.weight of {broken}/model.safetensors"
     for kind, each in (("copied", config), ("noisy", noisy)):
         with pytest.raises(MergeFailed, match=rf"{name}: NaN or infinity in .*, which --strict refuses"):
-            ray_merge(each, tmp_path / f"strict-{kind}", MergeOptions(strict=True))
+            merge_in_process(each, tmp_path / f"strict-{kind}", MergeOptions(strict=True))
         assert not (tmp_path / f"strict-{kind}" / "model.safetensors.index.json").exists()
 
 
 def test_a_strict_merge_of_sound_models(
-    ray_merge: Callable[..., Any], zoo: Callable[..., Path], tmp_path: Path
+    merge_in_process: Callable[..., Any], zoo: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same bytes; but it does not go on from shards that were not looked at, and its record says so."""
     from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
     from raymoe.object_store.options import StorageOptions
 
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode="random")
-    ray_merge(config, tmp_path / "a")
-    ray_merge(config, tmp_path / "b", MergeOptions(strict=True))
+    merge_in_process(config, tmp_path / "a")
+    merge_in_process(config, tmp_path / "b", MergeOptions(strict=True))
     records = [read_object(open_checkpoint(tmp_path / n, StorageOptions()), "raymoe.json", "", "") for n in "ab"]
     assert [record["options"].get("strict") for record in records] == [None, True]
     weights = [{n: f for n, f in record["files"].items() if n.endswith(".safetensors")} for record in records]

@@ -45,6 +45,21 @@ def test_killed_while_writing(zoo: Callable[..., Path], tmp_path: Path) -> None:
     assert file.read_bytes()[:4] == b"GGUF" and written.size == file.stat().st_size
 
 
+def test_a_name_is_given_to_what_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the file, then its name."""
+    path, real, synced = tmp_path / "model.gguf", os.fsync, dict[int, bool]()
+
+    def fsync(descriptor: int) -> None:
+        synced[os.fstat(descriptor).st_ino] = path.exists()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with open_staging_file(path) as file:
+        file.append(bytes(100))
+        file.commit()
+    assert [synced.get(each.stat().st_ino) for each in (path, tmp_path)] == [False, True]
+
+
 def test_stopped_while_writing(tmp_path: Path) -> None:
     def write() -> None:
         with open_staging_file(tmp_path / "model.gguf") as file:

@@ -34,8 +34,20 @@ class Place:
         """`server` is the kind of server that s3:// is here."""
         self.location, self._server = location, server
 
+    def open(self) -> tuple[Any, str]:
+        """A filesystem of fsspec, and this place in it.
+
+        fsspec keeps one for the same arguments, whatever the environment says now: so a server is named by them.
+        """
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if self.location.startswith("s3://"):
+            server = running_server(self._server)
+            options |= {"endpoint_url": server.endpoint, "key": server.key, "secret": server.secret}
+        filesystem, path = fsspec.url_to_fs(self.location, **options)
+        return filesystem, path
+
     def files(self) -> dict[str, bytes]:
-        filesystem, path = fsspec.url_to_fs(self.location, use_listings_cache=False)
+        filesystem, path = self.open()
         filesystem.invalidate_cache()
         found = filesystem.find(path) if filesystem.exists(path) else []
         return {name.removeprefix(path).strip("/"): filesystem.cat_file(name) for name in found}
@@ -48,13 +60,13 @@ class Place:
         return [upload["Key"] for upload in found]
 
     def put(self, name: str, content: bytes) -> None:
-        filesystem, path = fsspec.url_to_fs(f"{self.location}/{name}")
-        filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-        filesystem.pipe_file(path, content)
+        filesystem, path = self.open()
+        filesystem.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(f"{path}/{name}", content)
 
     def remove(self, name: str) -> None:
-        filesystem, path = fsspec.url_to_fs(f"{self.location}/{name}")
-        filesystem.rm_file(path)
+        filesystem, path = self.open()
+        filesystem.rm_file(f"{path}/{name}")
 
     def etag(self, name: str) -> str:
         """The ETag of an object on S3."""
@@ -98,9 +110,9 @@ def made_place(kind: str, tmp_path: Path) -> Iterator[Place]:
             yield Place(f"s3://{name}/out", kind)
 
 
-def started(place: Place, plan: MergePlan, *, fresh: bool = False) -> Output:
+def started(place: Place, plan: MergePlan, *, fresh: bool = False, options: StorageOptions = OPTIONS) -> Output:
     """A run that has begun. On a folder it gives the lock back, as one does whose driver is killed."""
-    output = open_output(Location.parse(place.location), OPTIONS)
+    output = open_output(Location.parse(place.location), options)
     output.lock()
     output.begin(plan.digest, {}, fresh=fresh)
     return output

@@ -48,6 +48,21 @@ def test_write(output: LocalOutput) -> None:
     assert output.finished("a.bin", 13) == record
 
 
+def test_a_name_is_given_to_what_is_on_the_disk(output: LocalOutput, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order that a crash of the machine can't turn round: file, its name, its note, the note's name."""
+    file, note = output.root / "a.bin", output.root / ".raymoe/done/a.bin.json"
+    real, synced = os.fsync, dict[int, tuple[bool, bool]]()
+
+    def fsync(descriptor: int) -> None:
+        synced[os.fstat(descriptor).st_ino] = file.exists(), note.exists()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    output.write("a.bin", [b"bytes"])
+    order = [synced.get(path.stat().st_ino) for path in (file, file.parent, note, note.parent)]
+    assert order == [(False, False), (True, False), (True, False), (True, True)]
+
+
 def test_the_check_of_a_finished_file_reports_moves(output: LocalOutput) -> None:
     """Each chunk counts, so that a large shard on a slow disk is not taken for a process that stands still."""
     record = output.write("a.bin", [bytes(3 * LOCAL_CHUNK_BYTES - 1)])

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 import raymoe
@@ -54,6 +53,8 @@ from tests.storage.outputs.places import (
 )
 
 PLAN = MergeOptions(max_shard_bytes=1 << 30, model_card=False)
+# moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline.
+TAKEN_OVER = StorageOptions(deadline_s=8)
 
 
 # --- two merges of one shape, and places to write them to
@@ -129,8 +130,7 @@ def test_late_actor(
     old, new = plans if other_plan else (plans[0], plans[0])
     first = started(place, old)
     shard, reader, ended = shard_of(old, Owner.expert(0)), Waiting(fails=fails), list[BaseException]()
-    # moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline.
-    actor = open_output(Location.parse(place.location), StorageOptions(deadline_s=5), first.run)
+    actor = open_output(Location.parse(place.location), TAKEN_OVER, first.run)
     jobs = first.jobs(shard)
 
     def work() -> None:
@@ -199,9 +199,8 @@ def test_note_that_comes_late_is_not_accepted(
     assert len(late) == 2
     killed_driver(first)
     killed_driver(started(place, new, fresh=True))
-    filesystem, path = fsspec.url_to_fs(place.location)
     for name, content in late.items():
-        filesystem.pipe_file(f"{path}/{name}", content)
+        place.put(name, content)
     third = started(place, new)
     if isinstance(third, LocalOutput):
         assert third.finished(shard.file_name, shard.nbytes) is None
@@ -294,7 +293,7 @@ def test_taken_over_while_the_old_run_stands_still(
     one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
 
     def once(place: Place, at: int) -> int:
-        first = started(place, old)
+        first = started(place, old, options=TAKEN_OVER)
         first.complete(one, do_shard(first, old, one))
 
         take_over = TakeOver(place, new, fresh=other_plan, until=until)
@@ -522,8 +521,7 @@ def test_replaced_shard_is_seen_before_done_is_said(
     other = expected(plans[1], tmp_path)[shard.file_name]
 
     def replace() -> None:
-        filesystem, path = fsspec.url_to_fs(f"{store_place.location}/{shard.file_name}")
-        filesystem.pipe_file(path, other)
+        store_place.put(shard.file_name, other)
 
     output = started(store_place, plan)
     records = [output.complete(each, do_shard(output, plan, each)) for each in plan.shards]
@@ -679,7 +677,7 @@ def test_the_result_of_a_run_that_failed_is_not_in_the_way(
     place: Place, plans: tuple[MergePlan, MergePlan], name: str
 ) -> None:
     """`--result OUT/result.json` of a run that was refused: the mended command does not need --overwrite."""
-    filesystem, path = fsspec.url_to_fs(place.location)
+    filesystem, path = place.open()
     filesystem.makedirs(path, exist_ok=True)
     filesystem.pipe_file(f"{path}/{name}", b'{"exit_reason": "refused", "raymoe_version": "1"}')
     output = open_output(Location.parse(place.location), OPTIONS)
@@ -699,7 +697,7 @@ def test_finished_merge_that_lacks_a_file(place: Place, plans: tuple[MergePlan, 
     """It is not complete, and not begun again without --overwrite: the user may have the file elsewhere."""
     plan = plans[0]
     finish(started(place, plan), plan)
-    filesystem, path = fsspec.url_to_fs(place.location)
+    filesystem, path = place.open()
     filesystem.rm_file(f"{path}/{plan.shards[0].file_name}")
     filesystem.pipe_file(f"{path}/{plan.shards[1].file_name}", b"short")
     output = open_output(Location.parse(place.location), OPTIONS)
@@ -726,7 +724,7 @@ OLD_JOURNAL: Mapping[str, Any] = {
 def test_journal_of_an_older_raymoe(place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path) -> None:
     """It is refused, whatever its digest says, and --overwrite begins again."""
     plan = plans[0]
-    filesystem, path = fsspec.url_to_fs(place.location)
+    filesystem, path = place.open()
     for name, content in OLD_JOURNAL.items():
         filesystem.makedirs(f"{path}/.raymoe/{name}".rpartition("/")[0], exist_ok=True)
         filesystem.pipe_file(f"{path}/.raymoe/{name}", json.dumps(content).replace("DIGEST", plan.digest).encode())
