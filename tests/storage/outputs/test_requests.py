@@ -96,7 +96,8 @@ def test_the_end_does_not_look_at_each_file(plan: MergePlan, proxy: FaultProxy, 
 
 
 def test_a_resumed_merge(plan: MergePlan, place: Place, proxy: FaultProxy, out: str, tmp_path: Path) -> None:
-    """No request for a shard that is finished; a begun one costs a list of its parts. Nothing is noted of parts."""
+    """No request for a shard that is finished, and its note is not read; a begun one costs a list of its parts. Nothing
+    is noted of parts."""
     copied, computed = expert_shards(plan)
     dead = started(plan, out)
     write_shard(plan, dead, computed)
@@ -106,6 +107,8 @@ def test_a_resumed_merge(plan: MergePlan, place: Place, proxy: FaultProxy, out: 
     target = started(plan, out)
     begun = counted(proxy)
     assert begun["ListMultipartUploads"] == 1 and begun["AbortMultipartUpload"] == 0
+    # plan.json before and after, and the notes of two uploads: of the begun shard, and of what was open before.
+    assert begun["GetObject"] == 2 + 4 and begun["ListObjectsV2"] == 2
     assert list(target.jobs(computed)) == []
     target.complete(computed, ())
     assert counted(proxy) == {}
