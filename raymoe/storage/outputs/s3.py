@@ -164,12 +164,16 @@ class S3Output(StoreOutput[MultipartStore]):
         folders: dict[str, list[SourceFile]] = {}
         for file in self._copied_from.values():
             folders.setdefault(file.location.rpartition("/")[0], []).append(file)
-        for folder, files in folders.items():
+
+        def check(folder: str) -> None:
             there = {join_url(folder, entry.name): entry for entry in self._store.list_folder(folder).objects}
-            for file in files:
+            for file in folders[folder]:
                 entry = there.get(file.location)
                 if entry is None or (entry.size, entry.etag) != (file.size, file.etag):
                     self._store.check_copied(self.location.text, file.location, file.size, file.etag)
+
+        with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="check") as pool:
+            list(pool.map(check, folders))
 
     def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         name = shard.file_name
