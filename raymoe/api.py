@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from raymoe.results import MergeResult, PushResult, Verification
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
+    from raymoe.sources.kept_reads import KeptReads
 
 __all__ = [
     "archs",
@@ -253,10 +254,11 @@ def merge(
     with record_run(result, out) if result is not None else nullcontext(report or RunReport()) as told:
         loaded = merge_config(config, config_keys, function="merge", allow_all_same=allow_all_same)
         settings = replace(settings, storage=loaded.storage, inputs=input_paths(loaded, config, settings.inputs))
-        description = _describe(loaded, out, chosen, settings, told, allow_all_same=allow_all_same)
+        kept = _kept_reads(out, settings)
+        description = _describe(loaded, out, chosen, settings, told, kept, allow_all_same=allow_all_same)
         if target is None:
-            return run_merge(description.plan, description, out, settings, told)
-        return _merge_and_push(description, out, target, settings, told)
+            return run_merge(description.plan, description, out, settings, told, kept)
+        return _merge_and_push(description, out, target, settings, told, kept)
 
 
 def merge_and_push(
@@ -282,9 +284,10 @@ def merge_and_push(
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
     loaded = merge_config(config, {}, function="merge_and_push", allow_all_same=allow_all_same)
     settings = replace(settings, storage=loaded.storage, inputs=input_paths(loaded, config, settings.inputs))
-    description = _describe(loaded, output, options, settings, report, allow_all_same=allow_all_same)
+    kept = _kept_reads(output, settings)
+    description = _describe(loaded, output, options, settings, report, kept, allow_all_same=allow_all_same)
     merged = on_merged or (lambda result: None)
-    return merge_and_push(description.plan, description, output, target, settings, report, merged)
+    return merge_and_push(description.plan, description, output, target, settings, report, merged, kept)
 
 
 def verify(
@@ -705,30 +708,51 @@ def generate(
     return generate_answers(merged, texts, only_one("options", options, made, GenerationOptions(quiet=True)))
 
 
+def _kept_reads(out: str | Path, settings: RuntimeSettings) -> KeptReads:
+    """What an earlier run of this merge has read for its plan, if its journal is in the output."""
+    from raymoe.object_store.errors import StorageError
+    from raymoe.runtime.coordinator import open_target
+    from raymoe.sources.kept_reads import KeptReads
+
+    def load() -> bytes:
+        try:
+            return open_target(out, settings).kept_reads()
+        except (ProblemReport, StorageError):  # reported when the output is checked
+            return b""
+
+    return KeptReads(load)
+
+
 def _describe(
     config: MergeConfig,
     out: str | Path,
     options: MergeOptions | None,
     settings: RuntimeSettings,
     report: RunReport,
+    kept: KeptReads,
     *,
     allow_all_same: bool,
 ) -> MergeDescription:
     """The plan of a merge that is about to run, and the facts for its card and record. Raises ProblemReport."""
     from raymoe.report.merge_description import MergeDescription
 
-    merge_plan = _plan_for_output(config, out, options, settings, report, allow_all_same=allow_all_same)
+    merge_plan = _plan_for_output(config, out, options, settings, report, kept, allow_all_same=allow_all_same)
     return MergeDescription(plan=merge_plan, config=config, hub=settings.hub)
 
 
 def _merge_and_push(
-    description: MergeDescription, out: str | Path, target: PushTarget, settings: RuntimeSettings, report: RunReport
+    description: MergeDescription,
+    out: str | Path,
+    target: PushTarget,
+    settings: RuntimeSettings,
+    report: RunReport,
+    kept: KeptReads,
 ) -> MergeResult:
     from raymoe.runtime.coordinator import run_merge
     from raymoe.workflows import merge_and_push
 
     results: list[MergeResult] = []
-    pushed = merge_and_push(description.plan, description, out, target, settings, report, results.append)
+    pushed = merge_and_push(description.plan, description, out, target, settings, report, results.append, kept)
     # If the output held the finished merge, it was only pushed: the result says that it was complete.
     merged = results[0] if results else run_merge(description.plan, description, out, settings, report)
     return replace(merged, pushed=pushed)
@@ -740,6 +764,7 @@ def _plan_for_output(
     options: MergeOptions | None,
     settings: RuntimeSettings,
     report: RunReport,
+    kept: KeptReads,
     *,
     allow_all_same: bool,
 ) -> MergePlan:
@@ -757,7 +782,12 @@ def _plan_for_output(
         with report.phase("plan"):
             remote_folders = RayFolderResolver(settings)
             return plan_merge(
-                config, options, hub=settings.hub, allow_all_same=allow_all_same, remote_folders=remote_folders
+                config,
+                options,
+                hub=settings.hub,
+                allow_all_same=allow_all_same,
+                remote_folders=remote_folders,
+                kept=kept,
             )
     except ProblemReport as refusal:
         target = open_target(output, settings)

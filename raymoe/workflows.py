@@ -21,6 +21,7 @@ from raymoe.results import MergeResult, PushResult
 from raymoe.runtime.coordinator import open_target, output_problems, run_merge
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
+from raymoe.sources.kept_reads import KeptReads
 from raymoe.storage.outputs.output_checks import find_complete_merge
 
 
@@ -32,8 +33,10 @@ def merge_and_push(
     settings: RuntimeSettings,
     report: RunReport,
     on_merged: Callable[[MergeResult], None],
+    kept: KeptReads | None = None,
 ) -> PushResult:
-    """Merge, call `on_merged` (unless the output already held the finished merge), and publish.
+    """Merge, call `on_merged` (unless the output already held the finished merge), and publish. `kept` as in
+    `run_merge`.
 
     Raises ProblemReport before the merge starts, with all problems that prevent the merge or the push.
     """
@@ -54,7 +57,7 @@ def merge_and_push(
             say(f"{out.location} holds this merge, finished: going on with the push")
     else:
         repository = open_repository(target, settings.hub, card=description.card_head())
-        on_merged(run_merge(plan, description, output, settings, report))
+        on_merged(run_merge(plan, description, output, settings, report, kept))
         manifest = open_manifest(output, target.repo, settings.storage)
     if manifest.plan_digest != plan.digest:
         what = "another merge has replaced this one, and was not pushed"

@@ -19,6 +19,7 @@ from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.planning.prompt_checks import prompt_checks
 from raymoe.sources.facts import ModelFacts, SourceFile
 from raymoe.sources.hub import HubOptions
+from raymoe.sources.kept_reads import KeptReads
 from raymoe.sources.prompt_sampling import chat_template_problems, read_prompts
 from raymoe.sources.resolve import RemoteFolderResolver, fetch_file, resolve_models, with_contents
 from raymoe.sources.tensor_samples import sampled_differences
@@ -32,17 +33,19 @@ def plan_merge(
     hub: HubOptions | None = None,
     allow_all_same: bool = False,
     remote_folders: RemoteFolderResolver | None = None,
+    kept: KeptReads | None = None,
 ) -> MergePlan:
     """Plan a merge: reads configs, file headers and prompts, no weights.
 
     Raises ProblemReport with all problems of the config, its models and its files of prompts. `remote_folders` looks
-    for folders that are not here on the nodes of a cluster.
+    for folders that are not here on the nodes of a cluster. `kept` has what an earlier run of this merge has read of
+    objects, and gets what this one reads.
     """
     if wrong := check_config(config, allow_all_same=allow_all_same):
         raise ProblemReport(wrong)
     collector = ProblemCollector()
     concrete = collector.run(read_prompts, config)
-    facts = collector.run(resolve_models, config.models, hub, config.storage, remote_folders, [config.base_model])
+    facts = collector.run(resolve_models, config.models, hub, config.storage, remote_folders, [config.base_model], kept)
     if facts is None:
         raise collector.report()
     base = facts[config.base_model]

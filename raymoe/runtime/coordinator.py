@@ -44,6 +44,7 @@ from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from raymoe.safe_text import json_text
 from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.facts import SourceFile
+from raymoe.sources.kept_reads import KeptReads
 from raymoe.storage.file_names import CARD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.outputs.base import write_shard
 from raymoe.storage.outputs.open_output import open_output, writable_location
@@ -78,11 +79,13 @@ def run_merge(
     output: str | Path,
     settings: RuntimeSettings,
     report: RunReport | None = None,
+    kept: KeptReads | None = None,
 ) -> MergeResult:
     """Merge into `output`, a folder or a URL. Raises ProblemReport before anything is written, else MergeFailed.
 
     If the output already holds this merge, finished, only the rest of its journal is removed. `description` gives the
-    card and the record at the end. `report` collects times and results.
+    card and the record at the end. `report` collects times and results. `kept` is what planning has read, for the run
+    that resumes this one if it is interrupted.
     """
     report = report or RunReport()
     target = open_target(output, settings)
@@ -109,6 +112,8 @@ def run_merge(
         try:
             if (finished := _begin(plan, target, settings, sources)) is not None:
                 return _already_complete(plan, target, finished, settings, report)
+            if kept is not None:
+                target.keep_reads(kept.content())
             with (
                 _problems_as_failure(),
                 _invalidate_on_source_change(target),

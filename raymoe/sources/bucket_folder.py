@@ -5,7 +5,7 @@
     weights             --read_range--> the actors, later: the same objects, or an error
 
 An object can be replaced at any time. So the plan keeps its ETag (`SourceFile.etag`), and every later read is made for
-that ETag only.
+that ETag only. Headers and JSON files that an earlier run of the merge has read are not read again (kept_reads.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from raymoe.object_store.registry import open_store
 from raymoe.object_store.urls import join_url
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import unusable_checkpoint
+from raymoe.sources.kept_reads import KeptReads
 
 _RANGE_BYTES = 16 * 2**20
 _RANGES_AT_ONCE = 4
@@ -41,8 +42,8 @@ _copies_lock = threading.Lock()
 class BucketFolder:
     """Implements `Folder` on the objects below a URL."""
 
-    def __init__(self, url: str, files: dict[str, SourceFile], options: StorageOptions):
-        self._files, self._options = files, options
+    def __init__(self, url: str, files: dict[str, SourceFile], options: StorageOptions, kept: KeptReads | None):
+        self._files, self._options, self._kept = files, options, kept
         self.label = url
         self.revision: str | None = None
         self.names: list[str] = sorted(files)
@@ -62,7 +63,12 @@ class BucketFolder:
         return self.read_range(file, 0, file.size)
 
     def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
-        return read_range(file, start, end, self._options)
+        if self._kept is not None and (found := self._kept.find(file, start, end)) is not None:
+            return found
+        data = read_range(file, start, end, self._options)
+        if self._kept is not None:
+            self._kept.add(file, start, end, data)
+        return data
 
     def local_path(self, file: SourceFile) -> Path:
         return fetch_object(file, self._options)
@@ -71,8 +77,9 @@ class BucketFolder:
         return "complete the folder (upload the model again), or correct the URL"
 
 
-def open_object_folder(url: str, role: str, options: StorageOptions) -> BucketFolder:
-    """List the folder at a normalized URL. Raises CheckpointError if nothing is there."""
+def open_object_folder(url: str, role: str, options: StorageOptions, kept: KeptReads | None = None) -> BucketFolder:
+    """List the folder at a normalized URL; its small files may be in `kept`. Raises CheckpointError if nothing is
+    there."""
     with as_checkpoint_errors():
         store = open_store(url, options)
         listing = store.list_folder(url)
@@ -94,7 +101,7 @@ def open_object_folder(url: str, role: str, options: StorageOptions) -> BucketFo
         if (match := _HUB_PAGE.match(url)) is not None:
             remedy = f"a model of the Hub is named by its id: {match[1]}"
         raise unusable_checkpoint(url, "there are no files under this URL", remedy)
-    return BucketFolder(url, files, options)
+    return BucketFolder(url, files, options, kept)
 
 
 def read_range(file: SourceFile, start: int, end: int, options: StorageOptions | None = None) -> bytes:

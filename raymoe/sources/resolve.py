@@ -27,6 +27,7 @@ from raymoe.sources.bucket_folder import fetch_object, open_object_folder
 from raymoe.sources.facts import AdapterFacts, CheckpointIndex, ModelFacts, SideFile, SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import Folder, read_json_object, side_files, unusable_checkpoint
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder
+from raymoe.sources.kept_reads import KeptReads
 from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.lora import adapter_facts
 from raymoe.sources.output_head import has_own_head
@@ -83,11 +84,13 @@ def resolve_models(
     storage: StorageOptions | None = None,
     remote_folders: RemoteFolderResolver | None = None,
     whole: Collection[ModelRef] | None = None,
+    kept: KeptReads | None = None,
 ) -> dict[ModelRef, ModelFacts]:
     """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order.
 
     `remote_folders` looks for local folders that are not here. `whole` are the models of which more than the FFN is
     used (None: all of them): `ModelFacts.own_head` is determined for these only, since that may read two tensors.
+    `kept` has what an earlier run read of objects, and gets what this one reads.
     """
     refs, options, storage = list(dict.fromkeys(refs)), options or HubOptions(), storage or StorageOptions()
     named = (key for ref in refs for key in ((ref.model, False), (ref.adapter, True)))
@@ -97,7 +100,7 @@ def resolve_models(
     with_heads = {ref.model for ref in (refs if whole is None else whole)}
     with ThreadPoolExecutor(max_workers=_MODELS_AT_ONCE) as pool:
         parts = {
-            key: pool.submit(_open, *key, options, storage, with_head=key[0] in with_heads)
+            key: pool.submit(_open, *key, options, storage, kept, with_head=key[0] in with_heads)
             if key not in remote
             else pool.submit(_result_of, remote[key])
             for key in keys
@@ -163,9 +166,15 @@ def _result_of(opened: OpenedFolder | CheckpointError) -> OpenedFolder:
 
 
 def _open(
-    path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions, *, with_head: bool = True
+    path: PathRef,
+    is_adapter: bool,
+    options: HubOptions,
+    storage: StorageOptions,
+    kept: KeptReads | None = None,
+    *,
+    with_head: bool = True,
 ) -> OpenedFolder:
-    folder = _find_folder(path, is_adapter, options, storage)
+    folder = _find_folder(path, is_adapter, options, storage, kept)
     collector = ProblemCollector(kind=CheckpointError)
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if is_adapter and config_name not in folder.names and "config.json" in folder.names:
@@ -240,11 +249,13 @@ def _effective_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions) -> Folder:
+def _find_folder(
+    path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions, kept: KeptReads | None
+) -> Folder:
     role = "adapter" if is_adapter else "model"
     if (location := path.location) is not None:
         if location.kind.is_object:
-            return open_object_folder(location.text, role, storage)
+            return open_object_folder(location.text, role, storage, kept)
         if not os.path.isdir(location.text):
             what = f"there is no folder {location} here"
             raise unusable_checkpoint(path.path, what, f"correct the URL of the {role}")

@@ -75,6 +75,13 @@ def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes,
     return raw, 8 + length
 
 
+def header_bytes_in(data: bytes, start: int) -> bytes | None:
+    """The header's bytes in a range that `parse_header` has read, from `start`; None if it reads no such range."""
+    if start == 0:
+        return data[: 8 + int.from_bytes(data[:8], "little")]
+    return data if start == PREFIX_BYTES else None
+
+
 def _decode(raw: bytes, where: str) -> list[tuple[str, Any]]:
     """The top-level (name, value) pairs of the header, in the order of the file."""
     try:

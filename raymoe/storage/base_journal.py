@@ -95,8 +95,10 @@ class BaseJournal(ABC):
         """The claim of the run that begins. It keeps the origin of the claim `before` only if it resumes that merge:
         the plan is the same, and `fresh` is false."""
         goes_on = before is not None and before.digest == digest and not fresh
-        origin = before.origin if before is not None and goes_on else self.run
-        return Claim(digest=digest, run=self.run, origin=origin, sources=sources)
+        if before is None or not goes_on:
+            return Claim(digest=digest, run=self.run, origin=self.run, sources=sources)
+        earlier = (*before.earlier, before.run)
+        return Claim(digest=digest, run=self.run, origin=before.origin, sources=sources, earlier=earlier)
 
 
 def flat_name(name: str) -> str:

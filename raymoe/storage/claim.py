@@ -22,12 +22,14 @@ JOURNAL_FORMAT = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """`run` may write the plan with this `digest`. `origin` is the run that started the merge from nothing; later runs
-    resumed it. `sources` are the stamps of the local source files."""
+    resumed it. `earlier` are the runs of this merge before `run`; an older raymoe lists none. `sources` are the stamps
+    of the local source files."""
 
     digest: str
     run: str
     origin: str
     sources: Mapping[str, Any]
+    earlier: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -35,6 +37,7 @@ class Claim:
             "digest": self.digest,
             "run": self.run,
             "origin": self.origin,
+            "earlier": list(self.earlier),
             "sources": dict(self.sources),
         }
 
@@ -64,12 +67,14 @@ class Claim:
     def parse(cls, content: Mapping[str, Any]) -> Claim | None:
         """The claim in the content of a `plan.json`. None if it is damaged, or of another version of raymoe."""
         texts = [content.get(key) for key in ("digest", "run", "origin")]
-        sources = content.get("sources")
+        sources, earlier = content.get("sources"), content.get("earlier", [])
         if content.get("format") != JOURNAL_FORMAT or not isinstance(sources, Mapping):
             return None
-        if not all(isinstance(word, str) and word for word in texts):
+        if not isinstance(earlier, list) or not all(isinstance(word, str) and word for word in (*texts, *earlier)):
             return None
-        return cls(digest=str(texts[0]), run=str(texts[1]), origin=str(texts[2]), sources=sources)
+        return cls(
+            digest=str(texts[0]), run=str(texts[1]), origin=str(texts[2]), sources=sources, earlier=tuple(earlier)
+        )
 
 
 class TakenOver(MergeFailed):

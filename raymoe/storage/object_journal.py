@@ -1,11 +1,14 @@
 """The journal of a merge in an object store. It gives the same guarantees as the local one, with objects.
 
     OUT/.raymoe/plan.json                 whose the output is (claim.py); written first
-    OUT/.raymoe/uploads/RUN/FILE.json     the id of a shard's upload, written as soon as it has begun
+    OUT/.raymoe/uploads/RUN/FILE.ID.json  the id of a shard's upload, written as soon as it has begun; ID is its hash
+    OUT/.raymoe/uploads/RUN/FILE.json     the same, where the upload was announced before
     OUT/.raymoe/known/RUN.json            the uploads below OUT that were open before the run opened its own
     OUT/.raymoe/sent/RUN/FILE.N.json      parts of an upload that an actor has sent from local files, from part N on
     OUT/.raymoe/parts/RUN/FILE.X          a file being written, where the store has no uploads in parts (fsspec)
     OUT/.raymoe/done/RUN/FILE.json        size, checksum and ETag of a finished file, and the id of its upload
+    OUT/.raymoe/done/RUN/FILE.SIZE.ETAG.json    the same, if its checksum is the ETag
+    OUT/.raymoe/reads/RUN                 what planning has read (sources/kept_reads.py); RUN is the merge's first run
     OUT/.raymoe/clearing.RUN              there while the run removes what an earlier merge left (--overwrite), and
                                           after its sources changed: the next run removes what is there
     OUT/raymoe.json                       the record of the finished merge; then `.raymoe/` is removed, plan.json last
@@ -20,7 +23,10 @@ if there was no claim, the claim is put only if there still is none; and without
 after its claim. If the output has changed, the run withdraws its claim and is refused.
 
 A run writes notes under its own name only, so that it can't overwrite or remove a newer run's note. A note is accepted
-only if it belongs to the merge of `plan.json`. An upload is used only if `plan.json` was still the run's own after the
+only if it belongs to the merge of `plan.json`: its content says so, or it lies in the folder of one of that merge's
+runs, which `plan.json` lists. So a run that resumes need not read the notes of finished shards, whose names say
+everything, nor those of open uploads, which the store lists too. Only `reads/` is shared by the runs of a merge: each
+would write the same there. An upload is used only if `plan.json` was still the run's own after the
 upload's id had been noted: a newer run either finds the note, or the older run aborts the upload itself.
 
 A run may die between the start of an upload and the note of its id. `known/RUN.json` identifies such an upload: it is
@@ -38,7 +44,9 @@ Thread-safe once the run has begun.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import re
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,6 +65,10 @@ from raymoe.storage.claim import Claim, TakenOver, taken_over_error
 from raymoe.storage.file_names import CHECKPOINT_FILES, JOURNAL, RECORD_NAME, FileRecord, json_object
 from raymoe.storage.output_files import StoreFiles
 
+# The name of a finished file's note that says everything: the file, its size, and the ETag of an upload in parts.
+_DONE_NAME = re.compile(r"(?P<file>.+)\.(?P<size>\d+)\.(?P<etag>[0-9a-f]{32}-\d+)\.json")
+_UPLOAD_NAME = re.compile(r"(?P<file>.+)\.(?P<hash>[0-9a-f]{32})\.json")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedUpload:
@@ -72,12 +84,12 @@ class RecordedUpload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoneNote:
-    """The note of a finished file: its record, the store's ETag, and the upload that it came from, if there was one.
-    Notes of an older raymoe have the record only."""
+    """The note of a finished file: its record, the store's ETag, and whether it came from an upload. Notes of an older
+    raymoe have the record only."""
 
     record: FileRecord
     etag: str | None = None
-    upload_id: str | None = None
+    is_uploaded: bool = False
 
 
 class ObjectJournal(BaseJournal):
@@ -89,9 +101,11 @@ class ObjectJournal(BaseJournal):
         self._folder = join_url(files.location, JOURNAL)
         self._claim: Claim | None = None
         self._earlier: tuple[str, ...] = ()  # notes of earlier runs, when this one began
+        self._by_file: dict[tuple[str, str], list[str]] = {}  # the same, by kind and (flat) name of the file
         self._contents: dict[str, dict[str, Any]] = {}  # their content, as far as it has been read
         self._unconfirmed: set[str] = set()  # own notes that no check of `plan.json` has confirmed yet
-        self._lock = threading.Lock()  # guards the three fields above
+        self._announced: set[str] = set()  # files whose upload this run has announced
+        self._lock = threading.Lock()  # guards the four fields above
 
     @property
     def _store(self) -> ObjectStore:
@@ -129,24 +143,33 @@ class ObjectJournal(BaseJournal):
             raise self._in_use_report(digest)
         if has_to_clear:  # an older run that was just ending may have removed the first marker with its own journal
             self._store.put(after_claim, b"{}")
-        self._earlier = tuple(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
+        self._set_earlier(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
         self.check_run()  # so that none of these notes is a newer run's, which writes them after its claim
-        self._read_earlier(has_to_clear)
+        if not has_to_clear:
+            self._read_all(n for n in self._earlier if n.startswith(("done/", "sent/")) and not self._named(n))
         return has_to_clear
 
-    def _read_earlier(self, has_to_clear: bool) -> None:
-        """Read the notes that this run needs; of uploads, only those that have not become a shard of this merge."""
-        if not has_to_clear:
-            self._read_all(name for name in self._earlier if name.startswith(("done/", "sent/")))
-        done = set() if has_to_clear else {f"uploads/{name.partition('/')[2]}" for name in self._accepted()}
-        self._read_all(n for n in self._earlier if n.startswith(("uploads/", "known/")) and n not in done)
+    def read_uploads(self, opened: Iterable[OpenUpload]) -> None:
+        """Read the notes of uploads that have not become a shard of this merge. `opened` are the open uploads: the note
+        of one of them is not read if a run of this merge has written it, since its name has the hash of the id."""
+        claim, done = self._claim or self.check_run(), set(self._uploads_done())
+        ids = {_id_hash(upload.upload_id): upload.upload_id for upload in opened}
+        needed = [n for n in self._earlier if n.startswith("uploads/") and (_run_of(n), _file_of(n)) not in done]
+        found = {}
+        for note in needed:
+            match = _UPLOAD_NAME.fullmatch(note.rpartition("/")[2])
+            if match is not None and match["hash"] in ids and _run_of(note) in claim.earlier:
+                found[note] = {**claim.signature, "id": ids[match["hash"]], "known": []}
+        with self._lock:
+            self._contents |= found
+        self._read_all([*(n for n in needed if n not in found), *(n for n in self._earlier if n.startswith("known/"))])
 
-    def _accepted(self) -> Iterator[str]:
-        """Earlier notes of shards of this merge that came from an upload noted by the same run."""
+    def _uploads_done(self) -> Iterator[tuple[str, str]]:
+        """The run and the file of each upload that has become a shard of this merge, as the same run has noted."""
         for name in self._earlier:
             note = self._done_note(name) if name.startswith("done/") else None
-            if note is not None and note.upload_id is not None:
-                yield name
+            if note is not None and note.is_uploaded:
+                yield _run_of(name), _file_of(name)
 
     def _read_all(self, names: Iterable[str]) -> None:
         names = list(names)
@@ -189,7 +212,7 @@ class ObjectJournal(BaseJournal):
     def mark_cleared(self) -> None:
         """Called when the files of an earlier merge are removed: removes their notes too."""
         self._delete(self._earlier)
-        self._earlier = ()
+        self._set_earlier(())
         there = [e.name for e in self._store.list_folder(self._folder).objects if e.name.startswith(CLEARING)]
         self.check_run()  # so that the markers found before are not those of a newer run
         self._delete(there)
@@ -200,7 +223,7 @@ class ObjectJournal(BaseJournal):
 
     def done(self, name: str) -> DoneNote | None:
         """The note of a file that an earlier run of this merge finished."""
-        notes = map(self._done_note, self._notes("done", f"{flat_name(name)}.json"))
+        notes = map(self._done_note, self._notes("done", name))
         return next((note for note in notes if note is not None), None)
 
     @property
@@ -208,22 +231,50 @@ class ObjectJournal(BaseJournal):
         """Whether an earlier run of this merge has finished a file."""
         return any(name.startswith("done/") for name in self._earlier)
 
+    def _named(self, note: str) -> DoneNote | None:
+        """The note of a finished file that its name says completely, if a run of this merge has written it."""
+        match = _DONE_NAME.fullmatch(note.rpartition("/")[2])
+        if match is None or self._claim is None or _run_of(note) not in self._claim.earlier:
+            return None
+        etag = match["etag"]
+        record = FileRecord(name=match["file"], size=int(match["size"]), checksum=f"etag:{etag}")
+        return DoneNote(record=record, etag=etag, is_uploaded=True)
+
     def _done_note(self, note: str) -> DoneNote | None:
+        if (named := self._named(note)) is not None:
+            return named
         content = self._contents.get(note, {})
         record = self._claim.accepted_record(content) if self._claim is not None else None
         if record is None:
             return None
         etag, upload_id = content.get("etag"), content.get("upload")
         return DoneNote(
-            record=record,
-            etag=etag if isinstance(etag, str) else None,
-            upload_id=upload_id if isinstance(upload_id, str) else None,
+            record=record, etag=etag if isinstance(etag, str) else None, is_uploaded=isinstance(upload_id, str)
         )
 
     def record(self, record: FileRecord, *, etag: str | None = None, upload_id: str | None = None) -> None:
         """Note a finished file. The next check of `plan.json` confirms the note."""
         content = {"file": asdict(record), "etag": etag, "upload": upload_id}
-        self._note_unconfirmed(f"done/{self.run}/{flat_name(record.name)}.json", content)
+        name = f"{flat_name(record.name)}.json"
+        if upload_id is not None and record.checksum == f"etag:{etag}":
+            short = f"{flat_name(record.name)}.{record.size}.{etag}.json"
+            name = short if _DONE_NAME.fullmatch(short) else name
+        self._note_unconfirmed(f"done/{self.run}/{name}", content)
+
+    # --- what planning has read
+
+    def kept_reads(self) -> bytes:
+        """What a run of the unfinished merge has kept of its planning; empty if there is nothing."""
+        claim = self.claim()
+        return b"" if claim is None else self._files.read(f"{JOURNAL}/{_reads_of(claim)}") or b""
+
+    def keep_reads(self, content: bytes) -> None:
+        """Keep what planning has read for the runs that resume this merge. The next check of `plan.json` confirms
+        it."""
+        note = _reads_of(self._claim or self.check_run())
+        with self._lock:
+            self._unconfirmed.add(note)
+        self._store.put(join_url(self._folder, note), content)
 
     # --- files being written
 
@@ -249,16 +300,16 @@ class ObjectJournal(BaseJournal):
 
     def lost_uploads(self, opened: Iterable[OpenUpload]) -> list[OpenUpload]:
         """The uploads among `opened` below the output that an earlier run opened but died before it noted their ids."""
-        notes = [(name, name.split("/")) for name in self._earlier if name.startswith("uploads/")]
-        noted = {(path[1], self._contents[name].get("id")) for name, path in notes if name in self._contents}
-        has_begun = {(path[1], path[2]) for _, path in notes if len(path) == 3}
+        notes = [name for name in self._earlier if name.startswith("uploads/")]
+        noted = {self._contents[name].get("id") for name in notes if name in self._contents}
+        has_begun = {(_run_of(name), _file_of(name)) for name in notes}
         found = []
         for upload in opened:
             name = flat_name(upload.url.removeprefix(f"{self._location}/"))
-            if not matches(name, CHECKPOINT_FILES) or any(upload.upload_id == upload_id for _, upload_id in noted):
+            if not matches(name, CHECKPOINT_FILES) or upload.upload_id in noted:
                 continue
             for run, known in self._earlier_known():
-                if upload.upload_id not in known and (run, f"{name}.json") not in has_begun:
+                if upload.upload_id not in known and (run, name) not in has_begun:
                     found.append(upload)
                     break
         return found
@@ -282,7 +333,9 @@ class ObjectJournal(BaseJournal):
         self._delete([note])
 
     def announce_upload(self, name: str, known: Sequence[str]) -> None:
-        """Note that an upload of `name` is about to begin; `known` are its open uploads that are not this run's."""
+        """Note that an upload of `name` is about to begin; `known` are its open uploads that are not this run's. The
+        note of its id replaces this one."""
+        self._announced.add(name)
         self._note("uploads", f"{flat_name(name)}.json", {"id": None, "known": list(known)})
 
     def record_upload(self, name: str, upload_id: str) -> None:
@@ -290,12 +343,17 @@ class ObjectJournal(BaseJournal):
         use."""
         claim = self._claim or self.check_run()
         content = {**claim.signature, "id": upload_id, "known": []}
-        self._write(f"uploads/{self.run}/{flat_name(name)}.json", content)
+        self._write(self._own_upload(name, upload_id), content)
         self.check_run()
 
-    def forget_upload(self, name: str) -> None:
+    def forget_upload(self, name: str, upload_id: str) -> None:
         """Remove this run's own note."""
-        self._delete([f"uploads/{self.run}/{flat_name(name)}.json"])
+        self._delete([self._own_upload(name, upload_id)])
+
+    def _own_upload(self, name: str, upload_id: str) -> str:
+        """The name of this run's note of an upload."""
+        by_id = "" if name in self._announced else f".{_id_hash(upload_id)}"
+        return f"uploads/{self.run}/{flat_name(name)}{by_id}.json"
 
     def forget(self, uploads: Iterable[RecordedUpload]) -> None:
         self._forget([upload.note for upload in uploads])
@@ -304,11 +362,14 @@ class ObjectJournal(BaseJournal):
         if notes:
             self._delete(notes)
             with self._lock:
-                self._earlier = tuple(name for name in self._earlier if name not in notes)
+                forgotten = set(notes)
+                self._earlier = tuple(name for name in self._earlier if name not in forgotten)
+                for key in {_key_of(note) for note in notes}:
+                    self._by_file[key] = [name for name in self._by_file.get(key, ()) if name not in forgotten]
 
     def earlier_uploads(self, name: str) -> list[RecordedUpload]:
         """The uploads of `name` that earlier runs noted, without uploads that have become a shard of this merge."""
-        return list(self._parse_notes(self._notes("uploads", f"{flat_name(name)}.json")))
+        return list(self._parse_notes(self._notes("uploads", name)))
 
     def all_earlier_uploads(self) -> list[RecordedUpload]:
         return list(self._parse_notes(name for name in self._earlier if name.startswith("uploads/")))
@@ -317,8 +378,10 @@ class ObjectJournal(BaseJournal):
         """All uploads that other runs have noted so far, without those that have become shards of this merge."""
         entries = self._store.list(join_url(self._folder, "uploads"))
         names = [f"uploads/{entry.name}" for entry in entries]
-        done = {f"uploads/{name.partition('/')[2]}" for name in self._accepted()}
-        others = [name for name in names if name not in done and not (self.run and name.split("/")[1] == self.run)]
+        done = set(self._uploads_done())
+        others = [
+            n for n in names if (_run_of(n), _file_of(n)) not in done and not (self.run and _run_of(n) == self.run)
+        ]
         self._read_all(name for name in others if name not in self._contents)
         return list(self._parse_notes(others))
 
@@ -329,22 +392,16 @@ class ObjectJournal(BaseJournal):
 
     def sent_parts(self, name: str, upload_id: str) -> set[UploadedPart]:
         """The parts of an upload that earlier runs of this merge have noted as sent."""
-        return self._parts_in(self._sent_notes(name, self._earlier), upload_id)
+        return self._parts_in(self._notes("sent", name), upload_id)
 
     def read_sent_parts(self, name: str, upload_id: str) -> set[UploadedPart]:
         """The same, with this run's own notes so far: for an actor, since only the coordinator's journal begins the
         run."""
         self._claim = self.check_run()
-        entries = self._store.list(join_url(self._folder, "sent"))
-        notes = self._sent_notes(name, [f"sent/{entry.name}" for entry in entries])
+        there = [f"sent/{entry.name}" for entry in self._store.list(join_url(self._folder, "sent"))]
+        notes = [note for note in there if _file_of(note) == flat_name(name)]
         self._read_all(notes)
         return self._parts_in(notes, upload_id)
-
-    @staticmethod
-    def _sent_notes(name: str, notes: Iterable[str]) -> list[str]:
-        """The notes, among `notes`, of sent parts of a file."""
-        found = (note for note in notes if note.startswith("sent/"))
-        return [note for note in found if note.rpartition("/")[2].rsplit(".", 2)[0] == flat_name(name)]
 
     def _parts_in(self, notes: Iterable[str], upload_id: str) -> set[UploadedPart]:
         found: set[UploadedPart] = set()
@@ -389,9 +446,14 @@ class ObjectJournal(BaseJournal):
         """Two markers: one is put before `plan.json`, one after it."""
         return join_url(self._folder, f"{CLEARING}{run}"), join_url(self._folder, f"{CLEARING}{run}.again")
 
-    def _notes(self, kind: str, name: str) -> Iterator[str]:
-        """Notes of earlier runs of one kind and name. An older raymoe had no folders per run."""
-        return (note for note in self._earlier if note.startswith(f"{kind}/") and note.rpartition("/")[2] == name)
+    def _set_earlier(self, notes: Iterable[str]) -> None:
+        self._earlier, self._by_file = tuple(notes), {}
+        for note in self._earlier:
+            self._by_file.setdefault(_key_of(note), []).append(note)
+
+    def _notes(self, kind: str, name: str) -> Sequence[str]:
+        """Notes of earlier runs of one kind about a file."""
+        return self._by_file.get((kind, flat_name(name)), ())
 
     def _parse_notes(self, notes: Iterable[str]) -> Iterator[RecordedUpload]:
         for note in notes:
@@ -400,7 +462,7 @@ class ObjectJournal(BaseJournal):
                 continue
             upload_id, known = content["id"], content.get("known")
             yield RecordedUpload(
-                name=note.rpartition("/")[2].removesuffix(".json"),
+                name=_file_of(note),
                 upload_id=upload_id if isinstance(upload_id, str) and upload_id else None,
                 known=tuple(map(str, known)) if isinstance(known, list) else (),
                 is_own=self._claim is not None and self._claim.owns(content),
@@ -465,3 +527,33 @@ class ObjectJournal(BaseJournal):
 
     def _write(self, name: str, content: Mapping[str, Any], *, only_if_absent: bool = False) -> None:
         self._store.put(join_url(self._folder, name), json.dumps(content).encode(), only_if_absent=only_if_absent)
+
+
+def _reads_of(claim: Claim) -> str:
+    """The name of what planning has read. It is one name per merge, so a run that resumes writes over it."""
+    return f"reads/{claim.origin}"
+
+
+def _key_of(note: str) -> tuple[str, str]:
+    """The kind of a note, and the file that it is about."""
+    return note.partition("/")[0], _file_of(note)
+
+
+def _file_of(note: str) -> str:
+    """The (flat) name of the file that a note is about."""
+    kind, name = note.partition("/")[0], note.rpartition("/")[2]
+    if kind == "sent":
+        return name.rsplit(".", 2)[0]
+    match = _DONE_NAME.fullmatch(name) if kind == "done" else _UPLOAD_NAME.fullmatch(name)
+    return match["file"] if match is not None else name.removesuffix(".json")
+
+
+def _run_of(note: str) -> str:
+    """The run that has written a note. An older raymoe had no folders per run."""
+    parts = note.split("/")
+    return parts[1] if len(parts) == 3 else ""
+
+
+def _id_hash(upload_id: str) -> str:
+    """Stands for an upload's id in the name of its note: some stores have long ids with any characters."""
+    return hashlib.sha256(upload_id.encode()).hexdigest()[:32]

@@ -18,6 +18,8 @@ __all__ = ["INDEX", "JOURNAL", "RECORD", "differences", "noted_shards"]
 INDEX, RECORD, JOURNAL = "model.safetensors.index.json", "raymoe.json", ".raymoe/"
 RESULT = "result.json"
 _CARD = "README.md"
+# In a folder, and in an object store, where the note's name may have the size and the ETag of the shard.
+_DONE_NOTE = re.compile(rf"{re.escape(JOURNAL)}done/(?:\w+/)?(?P<file>[^/]+\.safetensors)(?:\.\d+\.[0-9a-f-]+)?\.json")
 
 
 def differences(place: Place, reference: Path) -> list[str]:
@@ -37,8 +39,8 @@ def differences(place: Place, reference: Path) -> list[str]:
 
 def noted_shards(files: Iterable[str]) -> int:
     """How many shards the journal among these files calls finished; each run notes its own in a folder of its name."""
-    notes = [name for name in files if name.startswith(f"{JOURNAL}done/") and name.endswith(".safetensors.json")]
-    return len({name.rpartition("/")[2] for name in notes})
+    notes = (_DONE_NOTE.fullmatch(name) for name in files)
+    return len({note["file"] for note in notes if note is not None})
 
 
 def _card(content: bytes) -> bytes:

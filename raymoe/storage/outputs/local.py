@@ -95,6 +95,12 @@ class LocalOutput(BaseOutput):
         except OSError as error:
             raise _unusable_output(self.root, error) from error
 
+    def kept_reads(self) -> bytes:
+        return b""
+
+    def keep_reads(self, content: bytes) -> None:
+        """Keeps nothing: what planning reads is mostly local too, where the output is a folder."""
+
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return (ShardJob(shard=shard),)
 

@@ -79,6 +79,13 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         elif self.journal.has_done:
             self._listed = self._list()
 
+    def kept_reads(self) -> bytes:
+        return self.journal.kept_reads()
+
+    def keep_reads(self, content: bytes) -> None:
+        if content:
+            self.journal.keep_reads(content)
+
     @abstractmethod
     def _fence_off(self, has_to_clear: bool) -> None:
         """Remove what older runs could still make visible. With `has_to_clear` none of it can be used."""

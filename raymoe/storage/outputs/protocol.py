@@ -121,6 +121,14 @@ class Output(Protocol):
 
         Raises ProblemReport if, without `fresh`, another run has used the output since the first check."""
 
+    def kept_reads(self) -> bytes:
+        """What a run of the unfinished merge here has kept by `keep_reads`; empty if there is nothing. Raises
+        StorageError."""
+
+    def keep_reads(self, content: bytes) -> None:
+        """Keep what planning has read (`KeptReads.content`) for the runs that resume this merge, if the output is in an
+        object store. It goes with the journal."""
+
     def invalidate(self) -> None:
         """Make the next run start again, whatever this one has finished: sources changed while it read them."""
 

@@ -84,6 +84,7 @@ class S3Output(StoreOutput[MultipartStore]):
         claim = self.journal.check_run()  # ensures that no newer run has opened any of them
         # Per merge, not per run: later runs complete uploads of earlier runs.
         self._metadata = {_META_PLAN: claim.digest, _META_ORIGIN: claim.origin}
+        self.journal.read_uploads(self._open_before)
         lost = self.journal.lost_uploads(self._open_before)
         with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="abort") as pool:
             list(pool.map(lambda upload: self._store.abort_upload(upload.url, upload.upload_id), lost))
@@ -163,12 +164,16 @@ class S3Output(StoreOutput[MultipartStore]):
         folders: dict[str, list[SourceFile]] = {}
         for file in self._copied_from.values():
             folders.setdefault(file.location.rpartition("/")[0], []).append(file)
-        for folder, files in folders.items():
+
+        def check(folder: str) -> None:
             there = {join_url(folder, entry.name): entry for entry in self._store.list_folder(folder).objects}
-            for file in files:
+            for file in folders[folder]:
                 entry = there.get(file.location)
                 if entry is None or (entry.size, entry.etag) != (file.size, file.etag):
                     self._store.check_copied(self.location.text, file.location, file.size, file.etag)
+
+        with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="check") as pool:
+            list(pool.map(check, folders))
 
     def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         name = shard.file_name
@@ -228,7 +233,7 @@ class S3Output(StoreOutput[MultipartStore]):
         if not keep_uploads and journal.is_of_this_run:
             for name, upload_id in uploads.items():
                 store.abort_upload(self.files.place(name), upload_id)
-                journal.forget_upload(name)
+                journal.forget_upload(name, upload_id)
             if not self._beginning:
                 journal.forget_own_known()
 
@@ -307,7 +312,7 @@ class S3Output(StoreOutput[MultipartStore]):
         except BaseException:
             # A newer run may have read the journal before the note was there, so it does not know this upload.
             self._store.abort_upload(url, upload_id)
-            self.journal.forget_upload(name)
+            self.journal.forget_upload(name, upload_id)
             self._beginning.discard(name)
             raise
         self._beginning.discard(name)

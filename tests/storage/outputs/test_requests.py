@@ -18,6 +18,7 @@ from raymoe.planning import MergePlan
 from raymoe.planning.multipart import upload_parts
 from raymoe.planning.owner import Owner
 from raymoe.storage.file_names import RECORD_NAME
+from raymoe.storage.output_files import StoreFiles
 from raymoe.storage.outputs.protocol import ShardJob
 from tests.object_store.fault_proxy import FaultProxy
 from tests.object_store.fixtures import bucket, server
@@ -95,17 +96,30 @@ def test_the_end_does_not_look_at_each_file(plan: MergePlan, proxy: FaultProxy, 
     assert end["HeadObject"] <= 4 and end["PutObject"] == 2
 
 
-def test_a_resumed_merge(plan: MergePlan, place: Place, proxy: FaultProxy, out: str, tmp_path: Path) -> None:
-    """No request for a shard that is finished; a begun one costs a list of its parts. Nothing is noted of parts."""
+def test_a_resumed_merge(
+    plan: MergePlan, place: Place, proxy: FaultProxy, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request for a shard that is finished, and its note is not read; a begun one costs a list of its parts. Nothing
+    is noted of parts."""
     copied, computed = expert_shards(plan)
     dead = started(plan, out)
     write_shard(plan, dead, computed)
     do_all(plan, dead, part_jobs(dead.jobs(copied))[1:])
     assert not [name for name in place.names() if "/sent/" in name]
+    read = list[str]()
+    see = StoreFiles.read
+
+    def seen(files: StoreFiles, name: str) -> bytes | None:
+        read.extend(name.split("/")[1:2] if name.count("/") > 1 else ())
+        return see(files, name)
+
+    monkeypatch.setattr(StoreFiles, "read", seen)
     counted(proxy)
     target = started(plan, out)
     begun = counted(proxy)
     assert begun["ListMultipartUploads"] == 1 and begun["AbortMultipartUpload"] == 0
+    assert begun["ListObjectsV2"] == 2, "the journal, and the finished shards"
+    assert read == ["known"], "of all notes, the one of what was open before"
     assert list(target.jobs(computed)) == []
     target.complete(computed, ())
     assert counted(proxy) == {}

@@ -210,6 +210,42 @@ def test_note_that_comes_late_is_not_accepted(
     check_is_alone(place, new, tmp_path)
 
 
+# --- what planning has read
+
+
+def test_kept_reads_are_those_of_this_merge(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
+    """Every run of the merge finds them. They are gone where another merge begins, and when this one is finished."""
+    old, new = plans
+    first = started(store_place, old)
+    assert open_output(Location.parse(store_place.location), OPTIONS).kept_reads() == b""
+    first.keep_reads(b"read")
+    killed_driver(first)
+    second = started(store_place, old)
+    assert second.kept_reads() == b"read"
+    second.keep_reads(b"read again")
+    third = started(store_place, old)
+    assert third.kept_reads() == b"read again"
+    other = started(store_place, new, fresh=True)
+    assert other.kept_reads() == b""
+    third.keep_reads(b"late")
+    assert other.kept_reads() == b""
+    third.release()
+    assert not [name for name in store_place.files() if "/reads/" in name]
+    other.keep_reads(b"read")
+    finish(other, new)
+    assert not [name for name in store_place.files() if name.startswith(".raymoe/")]
+    other.keep_reads(b"late")
+    other.release()
+    assert not [name for name in store_place.files() if name.startswith(".raymoe/")]
+
+
+def test_no_reads_are_kept_in_a_folder(tmp_path: Path, plans: tuple[MergePlan, MergePlan]) -> None:
+    place = Place(str(tmp_path / "out"))
+    output = started(place, plans[0])
+    output.keep_reads(b"read")
+    assert output.kept_reads() == b"" and not [name for name in place.files() if "reads" in name]
+
+
 # --- every order of the calls of two runs to a store
 
 
