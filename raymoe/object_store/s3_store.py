@@ -15,6 +15,7 @@ then need no second hash of the body, and the same MD5 is compared with ETags.
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -62,6 +63,7 @@ class S3Store:
         self._client = S3Client(options)
         self._buckets: set[str] = set()  # buckets that are known to exist
         self._deletes_many = True  # until the server refuses it
+        self._first_etag = threading.Lock()
         self._tells_s3_etags = False  # until an object had the ETag that the reply to its upload's completion gave
 
     @property
@@ -263,15 +265,22 @@ class S3Store:
             return info
         expected, etag = sum(part.size for part in parts), multipart_etag(parts)
         is_s3_etag = etag is not None and unquote_etag(outcome.get("ETag")) == etag
-        if is_s3_etag and self._tells_s3_etags:
+        if is_s3_etag:
+            with self._first_etag:  # uploads that are completed at the same time wait for what the first one shows
+                if not self._tells_s3_etags:
+                    return self._checked_object(url, expected, etag)
             return ObjectInfo(size=expected, etag=etag, metadata=metadata or {})
+        return self._checked_object(url, expected, None)
+
+    def _checked_object(self, url: str, expected: int, etag: str | None) -> ObjectInfo:
+        """The object of a completed upload. `etag` is that of the server's reply, if it is S3's."""
         info = self.stat(url)
         if info is None or info.size != expected:
             raise wrong_size_error(url, info.size if info else None, expected)
         # A server may give this ETag here, and another kind or none when it is queried.
-        if is_s3_etag and info.etag not in (None, etag):
+        if etag is not None and info.etag not in (None, etag):
             raise object_replaced_error(url)
-        self._tells_s3_etags = is_s3_etag and info.etag == etag
+        self._tells_s3_etags = etag is not None and info.etag == etag
         return info
 
     def abort_upload(self, url: str, upload_id: str) -> None:

@@ -91,8 +91,10 @@ def run_merge(
     target = open_target(output, settings)
     report.output, report.plan_digest = target.location, plan.digest
     report.planned_bytes_by_method = bytes_by_method(plan, target)
-    problems = output_problems(plan, target, settings)
-    if not problems and (finished := _finished_before(plan, target, settings)) is not None:
+    with target.one_look():
+        problems = output_problems(plan, target, settings)
+        finished = None if problems else _finished_before(plan, target, settings)
+    if finished is not None:
         return _already_complete(plan, target, finished, settings, report)
     problems = problems or write_problems(target, settings.storage)
     problems += prompt_problems(
@@ -281,15 +283,16 @@ def output_problems(
 def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: SourceFiles) -> FinishedMerge | None:
     """Begin the run. Returns the finished merge if another run has finished it since the first check."""
     target.lock()
-    # Another merge may have started and ended since the first check; from here on no other run is active.
-    if problems := output_problems(plan, target, settings, sources):
-        raise ProblemReport(problems)
-    if (finished := _finished_before(plan, target, settings)) is not None:
-        return finished
-    without = replace(settings, overwrite=False)
-    is_unfinished = target.digest() == plan.digest and target.finished_merge() is None
-    # --overwrite resumes in the same cases as the command without it; in all others it replaces what is there.
-    goes_on = is_unfinished and not (settings.overwrite and output_problems(plan, target, without, sources))
+    with target.one_look():
+        # Another merge may have started and ended since the first check; from here on no other run is active.
+        if problems := output_problems(plan, target, settings, sources):
+            raise ProblemReport(problems)
+        if (finished := _finished_before(plan, target, settings)) is not None:
+            return finished
+        without = replace(settings, overwrite=False)
+        is_unfinished = target.digest() == plan.digest and target.finished_merge() is None
+        # --overwrite resumes in the same cases as the command without it; in all others it replaces what is there.
+        goes_on = is_unfinished and not (settings.overwrite and output_problems(plan, target, without, sources))
     try:
         target.begin(plan.digest, sources.fingerprints(), fresh=settings.overwrite and not goes_on)
     except StorageError:

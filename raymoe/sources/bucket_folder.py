@@ -44,6 +44,7 @@ class BucketFolder:
 
     def __init__(self, url: str, files: dict[str, SourceFile], options: StorageOptions, kept: KeptReads | None):
         self._files, self._options, self._kept = files, options, kept
+        self._store = open_store(url, options)
         self.label = url
         self.revision: str | None = None
         self.names: list[str] = sorted(files)
@@ -56,7 +57,7 @@ class BucketFolder:
             return self._files.get(name)
         url = join_url(self.label, name)
         with as_checkpoint_errors():
-            info = open_store(url, self._options).stat(url)
+            info = self._store.stat(url)
         return SourceFile(location=url, size=info.size, etag=info.etag) if info else None
 
     def read(self, file: SourceFile) -> bytes:
@@ -65,7 +66,8 @@ class BucketFolder:
     def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
         if self._kept is not None and (found := self._kept.find(file, start, end)) is not None:
             return found
-        data = read_range(file, start, end, self._options)
+        with as_checkpoint_errors():
+            data = self._store.read(file.location, start, end, file.etag)
         if self._kept is not None:
             self._kept.add(file, start, end, data)
         return data

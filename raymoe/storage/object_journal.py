@@ -55,7 +55,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.object_store.errors import ObjectExists, ObjectMissing
+from raymoe.object_store.errors import ObjectExists
 from raymoe.object_store.parallel import CALLS_AT_ONCE
 from raymoe.object_store.protocol import ObjectStore, OpenUpload, UploadedPart
 from raymoe.object_store.urls import join_url
@@ -113,11 +113,7 @@ class ObjectJournal(BaseJournal):
 
     @property
     def exists(self) -> bool:
-        try:
-            self._store.read_all(join_url(self._folder, "plan.json"))
-        except ObjectMissing:
-            return False
-        return True
+        return self._files.read(f"{JOURNAL}/plan.json") is not None
 
     def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> bool:
         """Fence off all older runs, and resume their merge unless `fresh`.
@@ -440,7 +436,8 @@ class ObjectJournal(BaseJournal):
             raise taken_over_error(self._location)
 
     def _is_marked(self, run: str) -> bool:
-        return any(self._store.stat(each) is not None for each in self._clearing_markers(run))
+        names = (url.removeprefix(f"{self._location}/") for url in self._clearing_markers(run))
+        return any(self._files.stat(name) is not None for name in names)
 
     def _clearing_markers(self, run: str) -> tuple[str, str]:
         """Two markers: one is put before `plan.json`, one after it."""

@@ -6,13 +6,14 @@ The rules are the same for a folder and for an object store. A back end lists, r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raymoe.errors import Problem
 from raymoe.object_store.errors import ObjectMissing
-from raymoe.object_store.protocol import ObjectStore
+from raymoe.object_store.protocol import ObjectInfo, ObjectStore
 from raymoe.object_store.urls import join_url
 from raymoe.storage.base_journal import BaseJournal
 from raymoe.storage.file_names import (
@@ -29,6 +30,7 @@ from raymoe.storage.file_names import (
 )
 from raymoe.untrusted_files import MAX_JSON_BYTES
 
+_Answer = TypeVar("_Answer")
 _SWEEPS = 3
 _TEMPLATES = "chat_templates"  # the only folder in which readers look for a part of a model
 
@@ -204,17 +206,42 @@ class StoreFiles(OutputFiles):
     def __init__(self, store: ObjectStore, location: str) -> None:
         super().__init__(location)
         self.store = store
+        self._seen: dict[tuple[Callable[[str], Any], str], Any] | None = None
+
+    @contextmanager
+    def one_look(self) -> Iterator[None]:
+        """What is asked for in this context is asked for once. For checks that are about one moment."""
+        self._seen = {}
+        try:
+            yield
+        finally:
+            self._seen = None
+
+    def _ask(self, request: Callable[[str], _Answer], url: str) -> _Answer:
+        if self._seen is None:
+            return request(url)
+        if (request, url) not in self._seen:
+            self._seen[request, url] = request(url)
+        answer: _Answer = self._seen[request, url]
+        return answer
 
     def entries(self) -> Mapping[str, int | None]:
-        found = self.store.list(self.location)
+        found = self._ask(self.store.list, self.location)
         return {entry.name: entry.size for entry in found if not entry.name.startswith(f"{JOURNAL}/")}
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        """A file's size and ETag; None if there is none."""
+        return self._ask(self.store.stat, self.place(name))
 
     def size_of(self) -> Callable[[str], int | None]:
         return self.entries().get
 
     def read(self, name: str) -> bytes | None:
+        return self._ask(self._read, self.place(name))
+
+    def _read(self, url: str) -> bytes | None:
         try:
-            return self.store.read_all(self.place(name))
+            return self.store.read_all(url)
         except ObjectMissing:
             return None
 
@@ -229,7 +256,7 @@ class StoreFiles(OutputFiles):
 
     def _foreign_record_problems(self, journal: BaseJournal) -> list[Problem]:
         """As in the base class. A run that ends normally leaves no such record."""
-        if self.store.stat(self.place(RECORD_NAME)) is None or journal.is_clearing:
+        if self.stat(RECORD_NAME) is None or journal.is_clearing:
             return []
         what = "a merge of another plan has ended here over the unfinished one of this plan; files of both may be here"
         return [self._problem(what, "use --overwrite to discard both, or choose another output")]

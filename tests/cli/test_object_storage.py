@@ -155,7 +155,7 @@ def content_of(path: Path) -> bytes:
         return b""
 
 
-def test_verify_finds_what_was_changed(store: Store, tmp_path: Path) -> None:
+def test_verify_finds_what_was_changed(store: Store, without_ray: None, tmp_path: Path) -> None:
     """With a checksum of the bytes: a weight and a small file, each replaced by another of its size."""
     config = config_of(store.there, tmp_path / "config.yaml", storage={"checksum": "sha256"})
     url = store.url()
@@ -178,7 +178,7 @@ def test_verify_finds_what_was_changed(store: Store, tmp_path: Path) -> None:
     assert "weight: differs" in done.stdout and "NOT verified: 2 differences" in done.stdout
 
 
-def test_verify_of_a_copy(store: Store, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_verify_of_a_copy(store: Store, finished: tuple[Path, str], without_ray: None, tmp_path: Path) -> None:
     """A copy has no ETags, by which the record knows the objects: the MD5s among them, and tensors, decide."""
     (_, url), copy = finished, tmp_path / "copy"
     copy.mkdir()
@@ -315,7 +315,9 @@ def test_the_output_is_a_source(store: Store, tmp_path: Path) -> None:
     assert store.files(store.there[1]) == before
 
 
-def test_a_finished_merge_is_not_overwritten_by_chance(store: Store, finished: tuple[Path, str]) -> None:
+def test_a_finished_merge_is_not_overwritten_by_chance(
+    store: Store, finished: tuple[Path, str], without_ray: None
+) -> None:
     config, url = finished  # and written again, the same
     before = store.files(url)
     refused(store.run("merge", config, url, "--out-shard-size", "1G"), 2, url, "holds a finished merge", "--overwrite")

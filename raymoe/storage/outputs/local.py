@@ -95,6 +95,9 @@ class LocalOutput(BaseOutput):
         except OSError as error:
             raise _unusable_output(self.root, error) from error
 
+    def one_look(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def kept_reads(self) -> bytes:
         return b""
 

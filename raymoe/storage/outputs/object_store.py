@@ -79,6 +79,9 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         elif self.journal.has_done:
             self._listed = self._list()
 
+    def one_look(self) -> contextlib.AbstractContextManager[None]:
+        return self.files.one_look()
+
     def kept_reads(self) -> bytes:
         return self.journal.kept_reads()
 

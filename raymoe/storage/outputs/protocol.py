@@ -13,6 +13,7 @@ are made one after another.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -87,6 +88,9 @@ class Output(Protocol):
     @property
     def run(self) -> str:
         """The run that writes; an actor's output is created with it."""
+
+    def one_look(self) -> AbstractContextManager[None]:
+        """A context of checks that are about one moment: an object store is asked for each thing once."""
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
         """Problems that prevent a merge from being written here. Writes nothing."""
