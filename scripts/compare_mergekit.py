@@ -1,6 +1,7 @@
 """Merges the example experts with mergekit-moe and with raymoe, and compares the two outputs tensor by tensor.
 
     python scripts/compare_mergekit.py            # prints the table, and puts it into docs/mergekit.md
+    python scripts/compare_mergekit.py --experts-only experts      # only the checkpoints that are merged
 
 mergekit runs as a program in an environment of its own (`.venv-mergekit`, made here). It can't take LoRA experts, so
 the example adapters are first merged into full checkpoints with peft, and both programs get those.
@@ -56,7 +57,7 @@ def full_experts(config: dict[str, Any], folder: Path) -> list[Path]:
         base, _, adapter = expert["source_model"].partition("+")
         path = folder / Path(adapter).name
         paths.append(path)
-        if (path / "config.json").exists():
+        if (path / "tokenizer_config.json").exists():  # saved last
             continue
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(path)
@@ -153,11 +154,17 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "out/compare", help="folder for experts and merges")
     parser.add_argument("--mergekit", type=Path, default=ROOT / ".venv-mergekit", help="mergekit's environment")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/example.yaml")
+    parser.add_argument(
+        "--experts-only", type=Path, metavar="DIR", help="only make the experts' full checkpoints in DIR"
+    )
     parser.add_argument("--no-page", action="store_true", help="print only; leave docs/mergekit.md alone")
     arguments = parser.parse_args()
+    config = yaml.safe_load(arguments.config.read_text())
+    if arguments.experts_only is not None:
+        print(*(f"{path} is ready" for path in full_experts(config, arguments.experts_only)), sep="\n")
+        return 0
     from transformers import AutoTokenizer
 
-    config = yaml.safe_load(arguments.config.read_text())
     program = mergekit_program(arguments.mergekit)
     tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
     experts = full_experts(config, arguments.work / "experts")

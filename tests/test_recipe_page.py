@@ -44,7 +44,7 @@ def test_the_commands_are_parsed() -> None:
         command = group.get_command(None, name)  # type: ignore[attr-defined, arg-type]
         command.make_context(name, arguments)
         parsed.append(name)
-    assert parsed == ["plan", "merge", "try", "eval", "push", "push", "gguf", "verify"]
+    assert parsed == ["plan", "merge", "try", "eval", "verify", "push", "push", "gguf"]
 
 
 def test_the_python_calls_are_ones_that_raymoe_takes() -> None:

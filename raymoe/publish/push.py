@@ -40,7 +40,9 @@ def push_dry_run(place: str | Path, target: PushTarget, hub: HubOptions, storage
     _refuse_source(target, manifest, comparison.head)
     yield from _plan_lines(manifest, repository, comparison)
     yield from (f"  would send {file.name}, {human_bytes(file.size)}" for file in comparison.missing)
-    yield from (f"  names {path}" for path in manifest.local_sources)
+    if manifest.local_sources:
+        yield "raymoe.json names these local paths, which are published with it:"
+    yield from (f"  {path}" for path in manifest.local_sources)
     yield "nothing was sent (--dry-run)"
 
 

@@ -248,7 +248,8 @@ def test_a_dry_run_makes_and_sends_nothing(hub: WritableHub, merged: Path, cli: 
     assert looked.code == 0, looked.err
     assert f"{hub.url}/org/name would be created, private" in looked.err
     assert f"  would send {SHARDS[0]}, " in looked.err and "  would send README.md, " in looked.err
-    assert "  names /" in looked.err, "the merge's models are folders"
+    paths = looked.err.partition("raymoe.json names these local paths, which are published with it:\n")[2]
+    assert paths.startswith("  /"), "the merge's models are folders"
     assert "nothing was sent" in looked.err
     assert not any(request.path.startswith("/api/repos/create") for request in hub.requests) and not hub.uploads
     assert cli("push", merged, "org/name").code == 0
