@@ -48,7 +48,7 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     ),
     UnsupportedFamily(
         title="Ministral 3",
-        model_types=("ministral3", "mistral3"),
+        model_types=("ministral3",),
         reason="beyond its original context its queries are scaled by their position, which no MoE architecture with "
         "its attention does",
     ),

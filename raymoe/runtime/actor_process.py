@@ -89,7 +89,7 @@ def _return_freed_memory() -> None:
     save: the kernel would map and zero a layer's activations again for every operation, a third of the gate pass's time
     on a CPU.
 
-    Each arena keeps such blocks of its own, and by default there are 8 per core. An actor that has 128 copies under way
+    Each arena keeps such blocks of its own, and by default there are 8 per core. An actor that has 128 copies in flight
     sends their small parts from as many threads: on 16 cores it would keep over 1 GB. So threads share few arenas.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
