@@ -30,6 +30,37 @@ _QWEN_VISION = {
     "patch_size": 8,
 }
 _AUDIO = {"num_mel_bins": 16, "max_source_positions": 16}
+_AUDIO_LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SAM_VISION = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+    "mlp_dim": 48,
+    "global_attn_indexes": [1],
+    "window_size": 2,
+}
+_GRANITE_SPEECH = {
+    "encoder_config": {
+        "hidden_dim": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dim_head": 16,
+        "output_dim": 12,
+        "input_dim": 16,
+        "feedforward_mult": 1,
+    },
+    "projector_config": {
+        "model_type": "blip_2_qformer",
+        "hidden_size": 32,
+        "encoder_hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    },
+}
 
 
 def _vision(model_type: str = "", **more: Any) -> dict[str, Any]:
@@ -72,22 +103,7 @@ WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "lfm2_vl": ("lfm2", _vision("siglip2_vision_model", num_patches=16)),
     "aya_vision": ("cohere2", _vision("siglip_vision_model")),
     "cohere2_vision": ("cohere2", _vision("siglip_vision_model")),
-    "got_ocr2": (
-        "qwen2",
-        {
-            "vision_config": {
-                "hidden_size": 32,
-                "output_channels": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "image_size": 64,
-                "patch_size": 16,
-                "mlp_dim": 48,
-                "global_attn_indexes": [1],
-                "window_size": 2,
-            }
-        },
-    ),
+    "got_ocr2": ("qwen2", {"vision_config": _SAM_VISION}),
     "ovis2": (
         "qwen2",
         {**_vision(vocab_size=64, num_visual_indicator_tokens=5), "hidden_size": HIDDEN, "vocab_size": VOCAB},
@@ -105,28 +121,7 @@ WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
-    "granite_speech": (
-        "granite",
-        {
-            "encoder_config": {
-                "hidden_dim": 32,
-                "num_layers": 1,
-                "num_heads": 2,
-                "dim_head": 16,
-                "output_dim": 12,
-                "input_dim": 16,
-                "feedforward_mult": 1,
-            },
-            "projector_config": {
-                "model_type": "blip_2_qformer",
-                "hidden_size": 32,
-                "encoder_hidden_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 48,
-            },
-        },
-    ),
+    "granite_speech": ("granite", _GRANITE_SPEECH),
     "qwen2_audio": (
         "qwen2",
         {
@@ -136,6 +131,53 @@ WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
                 "encoder_layers": 2,
                 "encoder_attention_heads": 2,
                 "encoder_ffn_dim": 48,
+            }
+        },
+    ),
+    "deepseek_vl": ("llama", _vision("siglip_vision_model")),
+    "deepseek_vl_hybrid": (
+        "llama",
+        {**_vision("siglip_vision_model"), "high_res_vision_config": {"model_type": "sam_vision_model", **_SAM_VISION}},
+    ),
+    "janus": (
+        "llama",
+        {
+            **_vision(projection_dim=HIDDEN),
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "latent_channels": 8,
+                "embed_dim": 8,
+                "num_embeddings": 16,
+                "num_patches": 4,
+                "image_token_embed_dim": HIDDEN,
+                "projection_dim": HIDDEN,
+            },
+        },
+    ),
+    "lighton_ocr": ("qwen3", _vision("pixtral", head_dim=16)),
+    "minicpmv4_6": ("qwen3_5_text", _vision()),
+    "minicpmv4_7": ("qwen3_5_text", _vision()),
+    "minicpm_ocr": ("qwen3_5_text", _vision()),
+    "pp_chart2table": ("qwen2", {"vision_config": _SAM_VISION}),
+    "qianfan_ocr": ("qwen3", _vision(image_size=[28, 28], patch_size=[14, 14])),
+    "video_llama_3": ("qwen2", _vision()),
+    "glmasr": ("llama", {"audio_config": _AUDIO_LAYERS}),
+    "audioflamingo3": ("qwen2", {"audio_config": {**_AUDIO, **_AUDIO_LAYERS}}),
+    "moss_transcribe_diarize": ("qwen3", {"audio_config": {**_AUDIO, **_AUDIO_LAYERS}}),
+    "granite_speech_plus": ("granite", _GRANITE_SPEECH),
+    "qwen3_asr": (
+        "qwen3",
+        {
+            "audio_config": {
+                **_AUDIO,
+                "d_model": 32,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 48,
+                "output_dim": HIDDEN,
+                "downsample_hidden_size": 16,
             }
         },
     ),

@@ -32,7 +32,10 @@ pytestmark = pytest.mark.engines
 OUTSIDE = ("visi", "audio", "projector", "language_model", "text_model")
 # transformers leaves these factors on logits out where a wrapper computes them. A text model by itself has them, and so
 # has the wrapper in transformers before 4.52, with which these models were trained.
-FACTORS = {"aya_vision": 1.3, "cohere2_vision": 1.3, "llava_next": 1 / 0.7, "granite_speech": 1 / 0.7}
+FACTORS = {
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), 1.3),
+    **dict.fromkeys(("llava_next", "granite_speech", "granite_speech_plus"), 1 / 0.7),
+}
 
 
 @pytest.fixture(params=sorted(WRAPPED))
@@ -68,7 +71,7 @@ def test_copies_of_a_wrapped_model_compute_what_its_text_model_computes(
 ) -> None:
     ids = token_ids(40, rows=2)
 
-    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
+    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3, modality="text"), tmp_path / "merged")
 
     expected = text_logits(wrapped, ids)
     difference = assert_same(logits_of(load_merged(tmp_path / "merged"), ids), expected)
@@ -86,7 +89,7 @@ def test_wrapped_and_plain_models_mix(tmp_path: Path) -> None:
 
     merges = []
     for number, (base, expert) in enumerate([(wrapped, wrapped), (wrapped, plain), (plain, wrapped), (plain, plain)]):
-        merge_without_ray(merge_config(base, [expert, other]), tmp_path / f"merged{number}")
+        merge_without_ray(merge_config(base, [expert, other], modality="text"), tmp_path / f"merged{number}")
         merges.append(tensors_of(tmp_path / f"merged{number}"))
 
     for merge in merges[1:]:
