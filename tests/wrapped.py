@@ -190,6 +190,14 @@ _TEXT_KEYS: Mapping[str, dict[str, Any]] = {
 }
 
 
+# Prefixes that transformers 4.5x writes and 5.x does not. By wrapper: the prefix of 5.x and the other one.
+OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "llava": {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."},
+    "qwen2_5_vl": {"model.": "model.language_model."},
+    "mistral3": {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower."},
+}
+
+
 def make_wrapped(wrapper: str, **text_options: Any) -> Any:
     """The model itself, with random weights."""
     family, other = WRAPPED[wrapper]
@@ -224,4 +232,20 @@ def rename_tensors(folder: Path, renamed: Mapping[str, str]) -> Path:
         prefix = next((old for old in renamed if name.startswith(old)), "")
         tensors[renamed.get(prefix, "") + name.removeprefix(prefix)] = tensor
     save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def split_into_shards(folder: Path, shards: int) -> Path:
+    """Several safetensors files with an index, as published, instead of model.safetensors."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        save_file(part, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

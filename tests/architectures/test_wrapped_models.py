@@ -25,7 +25,7 @@ from tests.pico import (
     tensors_of,
     token_ids,
 )
-from tests.wrapped import WRAPPED, load_wrapped, rename_tensors, save_wrapped
+from tests.wrapped import OTHER_NAMES, WRAPPED, load_wrapped, rename_tensors, save_wrapped
 
 pytestmark = pytest.mark.engines
 
@@ -97,19 +97,12 @@ def test_wrapped_and_plain_models_mix(tmp_path: Path) -> None:
         assert all(torch.equal(merge[name], merges[0][name]) for name in merge)
 
 
-FORMS = {
-    "llava": {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."},
-    "qwen2_5_vl": {"model.": "model.language_model."},
-    "mistral3": {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower."},
-}
-
-
-@pytest.mark.parametrize("wrapper", FORMS)
+@pytest.mark.parametrize("wrapper", OTHER_NAMES)
 def test_names_of_other_versions_are_read(wrapper: str, tmp_path: Path) -> None:
     ids = token_ids(30)
     wrapped = save_wrapped(tmp_path / "wrapped", wrapper)
     expected = text_logits(wrapped, ids)
-    rename_tensors(wrapped, FORMS[wrapper])
+    rename_tensors(wrapped, OTHER_NAMES[wrapper])
 
     merge_without_ray(merge_config(wrapped, [wrapped] * 2), tmp_path / "merged")
 
