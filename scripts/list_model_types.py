@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from raymoe.architectures.families import FAMILIES
+from raymoe.architectures.original_context import MODEL_TYPE as MINISTRAL_3
 from raymoe.architectures.unsupported_families import unsupported_reason
 from raymoe.architectures.wrappers import WRAPPERS
 
@@ -74,7 +75,7 @@ def _pairs(value: ast.expr) -> dict[str, str]:
 
 def what_raymoe_says(model_type: str) -> str:
     """`merged` or the reason of a refusal; empty for a type that no table knows."""
-    return "merged" if model_type in {*FAMILIES, *WRAPPERS} else unsupported_reason(model_type)
+    return "merged" if model_type in {*FAMILIES, *WRAPPERS, MINISTRAL_3} else unsupported_reason(model_type)
 
 
 if __name__ == "__main__":

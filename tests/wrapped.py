@@ -198,9 +198,10 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def make_wrapped(wrapper: str, **text_options: Any) -> Any:
+def make_wrapped(wrapper: str, text_family: str = "", **text_options: Any) -> Any:
     """The model itself, with random weights."""
     family, other = WRAPPED[wrapper]
+    family = text_family or family
     text = {**make_config(family, **text_options).to_dict(), **_TEXT_KEYS.get(wrapper, {})}
     config = transformers.AutoConfig.for_model(wrapper, text_config=text, **other)
     for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForSpeechSeq2Seq):
@@ -209,9 +210,10 @@ def make_wrapped(wrapper: str, **text_options: Any) -> Any:
     return transformers.AutoModelForSeq2SeqLM.from_config(config)
 
 
-def save_wrapped(folder: Path, wrapper: str, *, seed: int = 0, **text_options: Any) -> Path:
-    """A wrapped model with a tokenizer; `text_options` are keys of its text config."""
-    model = make_wrapped(wrapper, **text_options)
+def save_wrapped(folder: Path, wrapper: str, text_family: str = "", *, seed: int = 0, **text_options: Any) -> Path:
+    """A wrapped model with a tokenizer; `text_family` is another family than its usual one, `text_options` are keys of
+    its text config."""
+    model = make_wrapped(wrapper, text_family, **text_options)
     randomise(model, seed)
     model.save_pretrained(folder)
     save_tokenizer(folder)

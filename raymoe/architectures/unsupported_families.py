@@ -58,12 +58,6 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         reason="its norms are after attention and FFN, those of EXAONE MoE before them",
     ),
     UnsupportedFamily(
-        title="Ministral 3",
-        model_types=("ministral3",),
-        reason="beyond its original context its queries are scaled by their position, which no MoE architecture with "
-        "its attention does",
-    ),
-    UnsupportedFamily(
         title="HyperCLOVA X",
         model_types=("hyperclovax", "hyperclovax_vision_v2"),
         reason="it has norms after attention and FFN, which Granite's MoE lacks",

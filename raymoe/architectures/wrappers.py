@@ -161,7 +161,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
             prefixes=(*_PREFIXES, "model."),
             is_flat=True,
         ),
-        Wrapper(model_type="mistral3", title="Mistral Small 3.1 and 3.2", text_type="mistral"),
+        Wrapper(model_type="mistral3", title="Mistral Small 3.1 and 3.2, Ministral 3", text_type="mistral"),
         Wrapper(model_type="llava", title="LLaVA, Pixtral", text_type="llama"),
         Wrapper(model_type="llava_next", title="LLaVA-NeXT, Granite Vision", text_type="llama"),
         Wrapper(model_type="llava_next_video", title="LLaVA-NeXT-Video", text_type="llama"),
