@@ -42,6 +42,7 @@ class ConfigKeys(TypedDict, total=False):
     prompt_model: str
     chat_template: bool
     backbone: str | Mapping[str, Any]
+    modality: str
     storage: Mapping[str, Any]
 
 

@@ -1,7 +1,6 @@
 """Checks code, docs and scripts for words that raymoe's prose avoids (CONTRIBUTING.md, Words).
 
-    python scripts/check_language.py            # prints every finding that is not allowed; then the exit status is 1
-    python scripts/check_language.py --count    # prints the findings per file, for `ALLOWED`
+    python scripts/check_language.py    # prints every finding; if there is one, the exit status is 1
 
 A list of words can check some of the rules: processes are not called persons ("who", "nobody"), rates use "per"
 ("requests per hour"), and sentences begin with their subject (not "So does the driver", "What is left over ends").
@@ -9,10 +8,9 @@ A list of words can check some of the rules: processes are not called persons ("
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +62,6 @@ PAGE_RULES = {
     ),
 }
 
-# Findings that are still there, by file. This list only shrinks: lower a number, or remove its line, with each rewrite.
-ALLOWED: dict[str, int] = {
-    "docs/routing.md": 2,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -111,21 +104,9 @@ def find_all(root: Path) -> dict[str, list[Finding]]:
     return found
 
 
-def excess(found: dict[str, list[Finding]], allowed: dict[str, int]) -> list[Finding]:
-    """The findings of files that have more of them than `allowed`."""
-    return [each for name, findings in found.items() if len(findings) > allowed.get(name, 0) for each in findings]
-
-
-def main(arguments: Iterable[str] | None = None) -> int:
+def main() -> int:
     """Print what is found; the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--count", action="store_true", help="print the findings per file, for ALLOWED")
-    options = parser.parse_args(None if arguments is None else list(arguments))
-    found = find_all(ROOT)
-    if options.count:
-        print("".join(f'    "{name}": {len(findings)},\n' for name, findings in sorted(found.items())), end="")
-        return 0
-    findings = excess(found, ALLOWED)
+    findings = [each for found in find_all(ROOT).values() for each in found]
     print("".join(f"{each}\n" for each in findings), end="")
     return 1 if findings else 0
 

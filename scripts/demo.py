@@ -41,22 +41,21 @@ def held_out(path: Path, per_label: int) -> list[tuple[str, str]]:
 
 def show_routing(labels: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> None:
     """Print a row for each prompt, and how many went to the expert of their kind."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("kind", no_wrap=True)
-    table.add_column("held-out prompt", no_wrap=True, overflow="ellipsis", max_width=PROMPT_CHARACTERS)
-    table.add_column("routed to", no_wrap=True)
-    table.add_column("largest shares of first choices", no_wrap=True)
-    right = 0
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    rows = []
     for label, answer in zip(labels, answers, strict=True):
         shares: dict[str, float] = answer["first_choice"]
         largest = sorted(shares, key=lambda name: -shares[name])[:SHARES]
-        right += largest[0] == label
-        winner = Text(largest[0], style="" if largest[0] == label else "bold red")
-        excerpt = Text(" ".join(answer["prompt"].split())[:PROMPT_CHARACTERS])
-        table.add_row(label, excerpt, winner, ", ".join(f"{name} {shares[name]:.0%}" for name in largest))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+        text = ", ".join(f"{name} {shares[name]:.0%}" for name in largest)
+        rows.append((label, " ".join(answer["prompt"].split()), largest[0], text))
+    others = sum(2 + max(len(row[column]) for row in rows) for column in (0, 2, 3))
+    room = min(PROMPT_CHARACTERS, max(len("held-out prompt"), console.width - others))
+    table = Table("kind", "held-out prompt", "routed to", "first choices", box=None, pad_edge=False)
+    for label, prompt, winner, text in rows:
+        table.add_row(label, Text(prompt[:room]), Text(winner, style="" if winner == label else "bold red"), text)
     console.print(table)
-    console.print(f"{right} of {len(labels)} held-out prompts went to the expert of their kind.\n")
+    right = sum(label == winner for label, _, winner, _ in rows)
+    console.print(f"{right} of {len(rows)} held-out prompts went to the expert of their kind.\n")
 
 
 def main() -> None:

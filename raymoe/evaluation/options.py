@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from raymoe.compute import device_problems
 from raymoe.errors import Problem
 from raymoe.object_store.options import StorageOptions
+from raymoe.planning.owner import Owner
 from raymoe.sources.hub import HubOptions
 
 AGAINST = ("base", "experts", "average", "oracle", "hidden")
@@ -123,7 +124,7 @@ def _against_problems(options: EvaluationOptions, *, of_merge: bool) -> Iterator
         if not _NAME.fullmatch(name):
             what = "the name has other characters than letters, digits, spaces and . + - _, or more than 64"
             yield Problem(where=where, what=what, remedy="write NAME=MODEL, such as law=org/law-model")
-        elif name in taken or (of_merge and name.startswith("expert ")):
+        elif name in taken or (of_merge and Owner.parse(name)):
             what = f"{name!r} is already the name of a loss"
             yield Problem(where=where, what=what, remedy="choose another name for the model")
         if not model:

@@ -8,8 +8,9 @@ differences between models. All problems are in one report.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -26,6 +27,20 @@ from raymoe.sources.tensor_samples import sampled_differences
 from raymoe.sources.tokenizer_files import tokenizer_facts, with_tokenizer_code
 
 
+@contextmanager
+def _without_cycle_collection() -> Iterator[None]:
+    """Turn Python's collector of reference cycles off meanwhile. A plan of thousands of models allocates millions of
+    objects that stay, and looking through them again and again took a fifth of the planning time of 1,024 models."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_cycle_collection()
 def plan_merge(
     config: MergeConfig,
     options: MergeOptions | None = None,

@@ -132,6 +132,22 @@ def test_a_resumed_merge(
     check_bytes(plan, place, tmp_path / "out")
 
 
+def test_checks_about_one_moment_ask_once(plan: MergePlan, proxy: FaultProxy, out: str) -> None:
+    target = started(plan, out)
+
+    def check() -> None:
+        assert target.problems(digest=plan.digest, output_bytes=0, overwrite=False) == []
+
+    counted(proxy)
+    with target.one_look():
+        check()
+        assert counted(proxy)["GetObject"] == 2, "plan.json and raymoe.json"
+        check()
+        assert counted(proxy) == {}
+    check()
+    assert counted(proxy)["GetObject"] > 2, "later checks are about another moment"
+
+
 def test_a_job_of_a_lost_actor(plan: MergePlan, place: Place, proxy: FaultProxy, out: str, tmp_path: Path) -> None:
     """Only what is missing is done again."""
     copied, _ = expert_shards(plan)
