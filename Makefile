@@ -29,11 +29,13 @@ PINNED := $(VENV)/constraints.txt
 HARNESS := $(VENV)/lm-eval
 # The newest transformers 4, with what it wants of other packages, on top of the environment.
 OLDER := $(VENV)/transformers-4
+# A transformers newer than the pinned one, on top of the environment.
+NEWER := $(VENV)/transformers-5.24
 # Has the environment $(1) find what the main one has, behind its own packages.
 below = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 
-.PHONY: help demo docs check test test-lm-eval test-transformers-4 soak lint install clean
+.PHONY: help demo docs check test test-lm-eval test-transformers-4 test-transformers-5.24 soak lint install clean
 
 help:
 	@echo "make demo     merge the example experts on Ray, show where prompts are routed, and generate"
@@ -65,6 +67,12 @@ $(OLDER)/.ready: $(READY)
 	$(OLDER)/bin/python -m pip install --disable-pip-version-check -qq "transformers==4.57.6"
 	touch $@
 
+$(NEWER)/.ready: $(READY)
+	$(PYTHON) -m venv $(NEWER)
+	$(call below,$(NEWER))
+	$(NEWER)/bin/python -m pip install --disable-pip-version-check -qq "transformers==5.24.0"
+	touch $@
+
 $(BASE)/config.json: scripts/fetch_example_base.py | $(READY)
 	$(BIN)/python scripts/fetch_example_base.py $(BASE)
 
@@ -83,19 +91,25 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_language.py
+	$(BIN)/python scripts/list_model_types.py
 
 check: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m unit
 
-test: lint $(BASE)/config.json $(HARNESS)/.ready $(OLDER)/.ready
+test: lint $(BASE)/config.json $(HARNESS)/.ready $(OLDER)/.ready $(NEWER)/.ready
 	$(BIN)/python -m pytest $(PARALLEL) -m "not soak" --durations=25
-	$(MAKE) --no-print-directory -j 2 --output-sync test-lm-eval test-transformers-4
+	$(MAKE) --no-print-directory -j 2 --output-sync test-lm-eval test-transformers-4 test-transformers-5.24
 
 test-lm-eval: $(HARNESS)/.ready
 	$(HARNESS)/bin/python -m pytest tests/publish/test_tasks.py
 
 test-transformers-4: $(OLDER)/.ready
 	$(OLDER)/bin/python -m pytest tests/architectures/test_same_experts.py
+
+test-transformers-5.24: $(NEWER)/.ready
+	$(NEWER)/bin/python scripts/list_model_types.py
+	$(NEWER)/bin/python -m pytest tests/architectures/test_same_experts.py tests/architectures/test_wrapped_models.py \
+		tests/architectures/test_image_text_merges.py -k "not same_experts or random"
 
 soak: $(READY) $(BASE)/config.json
 	$(BIN)/python -m pytest -m soak --durations=25

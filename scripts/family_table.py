@@ -159,7 +159,7 @@ def pairs_of_code() -> list[tuple[str, str]]:
 
 
 def refused_of_page(page: str) -> list[str]:
-    return [name for cells in rows_of(page, "refused") for name in re.findall(r"`(\w+)`", cells[1])]
+    return [name for cells in rows_of(page, "refused") for name in re.findall(r"`([\w.-]+)`", cells[1])]
 
 
 if __name__ == "__main__":

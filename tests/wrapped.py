@@ -30,6 +30,37 @@ _QWEN_VISION = {
     "patch_size": 8,
 }
 _AUDIO = {"num_mel_bins": 16, "max_source_positions": 16}
+_AUDIO_LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SAM_VISION = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+    "mlp_dim": 48,
+    "global_attn_indexes": [1],
+    "window_size": 2,
+}
+_GRANITE_SPEECH = {
+    "encoder_config": {
+        "hidden_dim": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dim_head": 16,
+        "output_dim": 12,
+        "input_dim": 16,
+        "feedforward_mult": 1,
+    },
+    "projector_config": {
+        "model_type": "blip_2_qformer",
+        "hidden_size": 32,
+        "encoder_hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    },
+}
 
 
 def _vision(model_type: str = "", **more: Any) -> dict[str, Any]:
@@ -72,22 +103,7 @@ WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "lfm2_vl": ("lfm2", _vision("siglip2_vision_model", num_patches=16)),
     "aya_vision": ("cohere2", _vision("siglip_vision_model")),
     "cohere2_vision": ("cohere2", _vision("siglip_vision_model")),
-    "got_ocr2": (
-        "qwen2",
-        {
-            "vision_config": {
-                "hidden_size": 32,
-                "output_channels": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "image_size": 64,
-                "patch_size": 16,
-                "mlp_dim": 48,
-                "global_attn_indexes": [1],
-                "window_size": 2,
-            }
-        },
-    ),
+    "got_ocr2": ("qwen2", {"vision_config": _SAM_VISION}),
     "ovis2": (
         "qwen2",
         {**_vision(vocab_size=64, num_visual_indicator_tokens=5), "hidden_size": HIDDEN, "vocab_size": VOCAB},
@@ -105,28 +121,7 @@ WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
-    "granite_speech": (
-        "granite",
-        {
-            "encoder_config": {
-                "hidden_dim": 32,
-                "num_layers": 1,
-                "num_heads": 2,
-                "dim_head": 16,
-                "output_dim": 12,
-                "input_dim": 16,
-                "feedforward_mult": 1,
-            },
-            "projector_config": {
-                "model_type": "blip_2_qformer",
-                "hidden_size": 32,
-                "encoder_hidden_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 48,
-            },
-        },
-    ),
+    "granite_speech": ("granite", _GRANITE_SPEECH),
     "qwen2_audio": (
         "qwen2",
         {
@@ -139,6 +134,53 @@ WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "deepseek_vl": ("llama", _vision("siglip_vision_model")),
+    "deepseek_vl_hybrid": (
+        "llama",
+        {**_vision("siglip_vision_model"), "high_res_vision_config": {"model_type": "sam_vision_model", **_SAM_VISION}},
+    ),
+    "janus": (
+        "llama",
+        {
+            **_vision(projection_dim=HIDDEN),
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "latent_channels": 8,
+                "embed_dim": 8,
+                "num_embeddings": 16,
+                "num_patches": 4,
+                "image_token_embed_dim": HIDDEN,
+                "projection_dim": HIDDEN,
+            },
+        },
+    ),
+    "lighton_ocr": ("qwen3", _vision("pixtral", head_dim=16)),
+    "minicpmv4_6": ("qwen3_5_text", _vision()),
+    "minicpmv4_7": ("qwen3_5_text", _vision()),
+    "minicpm_ocr": ("qwen3_5_text", _vision()),
+    "pp_chart2table": ("qwen2", {"vision_config": _SAM_VISION}),
+    "qianfan_ocr": ("qwen3", _vision(image_size=[28, 28], patch_size=[14, 14])),
+    "video_llama_3": ("qwen2", _vision()),
+    "glmasr": ("llama", {"audio_config": _AUDIO_LAYERS}),
+    "audioflamingo3": ("qwen2", {"audio_config": {**_AUDIO, **_AUDIO_LAYERS}}),
+    "moss_transcribe_diarize": ("qwen3", {"audio_config": {**_AUDIO, **_AUDIO_LAYERS}}),
+    "granite_speech_plus": ("granite", _GRANITE_SPEECH),
+    "qwen3_asr": (
+        "qwen3",
+        {
+            "audio_config": {
+                **_AUDIO,
+                "d_model": 32,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 48,
+                "output_dim": HIDDEN,
+                "downsample_hidden_size": 16,
+            }
+        },
+    ),
 }
 _MROPE = {"rope_type": "default", "rope_theta": 20_000.0, "mrope_section": [4, 2, 2]}
 _TEXT_KEYS: Mapping[str, dict[str, Any]] = {
@@ -148,9 +190,18 @@ _TEXT_KEYS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def make_wrapped(wrapper: str, **text_options: Any) -> Any:
+# Prefixes that transformers 4.5x writes and 5.x does not. By wrapper: the prefix of 5.x and the other one.
+OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "llava": {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."},
+    "qwen2_5_vl": {"model.": "model.language_model."},
+    "mistral3": {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower."},
+}
+
+
+def make_wrapped(wrapper: str, text_family: str = "", **text_options: Any) -> Any:
     """The model itself, with random weights."""
     family, other = WRAPPED[wrapper]
+    family = text_family or family
     text = {**make_config(family, **text_options).to_dict(), **_TEXT_KEYS.get(wrapper, {})}
     config = transformers.AutoConfig.for_model(wrapper, text_config=text, **other)
     for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForSpeechSeq2Seq):
@@ -159,9 +210,10 @@ def make_wrapped(wrapper: str, **text_options: Any) -> Any:
     return transformers.AutoModelForSeq2SeqLM.from_config(config)
 
 
-def save_wrapped(folder: Path, wrapper: str, *, seed: int = 0, **text_options: Any) -> Path:
-    """A wrapped model with a tokenizer; `text_options` are keys of its text config."""
-    model = make_wrapped(wrapper, **text_options)
+def save_wrapped(folder: Path, wrapper: str, text_family: str = "", *, seed: int = 0, **text_options: Any) -> Path:
+    """A wrapped model with a tokenizer; `text_family` is another family than its usual one, `text_options` are keys of
+    its text config."""
+    model = make_wrapped(wrapper, text_family, **text_options)
     randomise(model, seed)
     model.save_pretrained(folder)
     save_tokenizer(folder)
@@ -182,4 +234,20 @@ def rename_tensors(folder: Path, renamed: Mapping[str, str]) -> Path:
         prefix = next((old for old in renamed if name.startswith(old)), "")
         tensors[renamed.get(prefix, "") + name.removeprefix(prefix)] = tensor
     save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def split_into_shards(folder: Path, shards: int) -> Path:
+    """Several safetensors files with an index, as published, instead of model.safetensors."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        save_file(part, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

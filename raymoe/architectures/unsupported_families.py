@@ -16,6 +16,11 @@ class UnsupportedFamily:
 
 
 _NO_GATE = "its FFN is two matrices without a gate, and the experts of every MoE architecture that fits have three"
+_CROSS = "its decoder attends to what an encoder computes, and no MoE architecture has such layers"
+_OWN_NAMES = (
+    "its text model is of a family that is listed, or close to one, but raymoe has no table of its tensor names and "
+    "config; a text model that is saved by itself as one of that family can be merged"
+)
 _HYBRID = "it is a hybrid of attention and state-space layers, which raymoe's tables do not describe"
 
 UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
@@ -42,19 +47,19 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         reason="most of its layers have a sliding window (in the hybrid: no attention), and FlexOlmo's have none",
     ),
     UnsupportedFamily(
+        title="EXAONE 3",
+        model_types=("exaone",),
+        reason="its tensors have names of their own (`transformer.h`), which raymoe does not read; it computes what a "
+        "Llama computes, and saved as one it can be merged",
+    ),
+    UnsupportedFamily(
         title="EXAONE 4",
-        model_types=("exaone4",),
+        model_types=("exaone4", "exaone4_5"),
         reason="its norms are after attention and FFN, those of EXAONE MoE before them",
     ),
     UnsupportedFamily(
-        title="Ministral 3",
-        model_types=("ministral3",),
-        reason="beyond its original context its queries are scaled by their position, which no MoE architecture with "
-        "its attention does",
-    ),
-    UnsupportedFamily(
         title="HyperCLOVA X",
-        model_types=("hyperclovax",),
+        model_types=("hyperclovax", "hyperclovax_vision_v2"),
         reason="it has norms after attention and FFN, which Granite's MoE lacks",
     ),
     UnsupportedFamily(
@@ -69,9 +74,28 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         reason=_NO_GATE,
     ),
     UnsupportedFamily(
-        title="GPT-2, GPT-J, GPT-Neo, GPT-NeoX (Pythia), OPT, BLOOM, MPT, CodeGen, StarCoder",
-        model_types=("gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "mpt", "codegen", "gpt_bigcode"),
+        title="GPT, GPT-2, GPT-J, GPT-Neo, GPT-NeoX (Pythia), OPT, BLOOM, MPT, CodeGen, StarCoder, CTRL, XGLM, BioGPT",
+        model_types=(
+            *("openai-gpt", "gpt2", "gpt-sw3", "gptj", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "opt", "bloom"),
+            *("mpt", "codegen", "gpt_bigcode", "ctrl", "xglm", "biogpt"),
+        ),
         reason=_NO_GATE,
+    ),
+    UnsupportedFamily(
+        title="BERT, RoBERTa, ELECTRA, XLM, XLNet, Reformer and their kin as decoders",
+        model_types=(
+            *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+            *("reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta"),
+            *("xlm-roberta-xl", "xlnet", "xmod"),
+        ),
+        reason=_NO_GATE,
+    ),
+    UnsupportedFamily(
+        title="Image-text models around OPT, BERT, Kosmos, Persimmon and Cosmos 3 Edge",
+        model_types=(
+            *("blip-2", "instructblip", "instructblipvideo", "git", "kosmos-2", "kosmos-2.5", "fuyu", "cosmos3_edge"),
+        ),
+        reason="the FFN of its text model is two matrices without a gate, and experts have three",
     ),
     UnsupportedFamily(
         title="StarCoder2, Phi-1 and Phi-2, Persimmon",
@@ -80,8 +104,59 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     ),
     UnsupportedFamily(
         title="Nemotron, Arcee AFM, Apertus, Jais 2, nanochat",
-        model_types=("nemotron", "arcee", "apertus", "jais2", "nanochat"),
+        model_types=("nemotron", "arcee", "apertus", "apertus1p5", "apertus1p5_text", "jais2", "nanochat"),
         reason=_NO_GATE,
+    ),
+    UnsupportedFamily(
+        title="Encoder-decoder models and their decoders (BART, Pegasus, Marian, Whisper, TrOCR, MusicGen, Florence 2)",
+        model_types=(
+            *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "blip", "florence2", "marian", "mbart"),
+            *("musicgen", "musicgen_melody", "mvp", "pegasus", "pix2struct", "plbart", "pp_formulanet", "prophetnet"),
+            *("t5gemma2", "trocr", "udop", "vision-encoder-decoder", "whisper"),
+        ),
+        reason=_CROSS,
+    ),
+    UnsupportedFamily(
+        title="ModernBERT as a decoder",
+        model_types=("modernbert-decoder",),
+        reason="its norms are LayerNorms, and its first layer has none before attention; no MoE architecture has both",
+    ),
+    UnsupportedFamily(
+        title="CPM-Ant",
+        model_types=("cpmant",),
+        reason="its attention adds learned biases for distances instead of RoPE, which no MoE architecture does",
+    ),
+    UnsupportedFamily(
+        title="BLT",
+        model_types=("blt",),
+        reason="it reads bytes through small models before and after its layers, which no MoE architecture has",
+    ),
+    UnsupportedFamily(
+        title="Chameleon",
+        model_types=("chameleon",),
+        reason="the norms of its q and k are LayerNorms with weights and biases for each head, and no MoE architecture "
+        "has such norms",
+    ),
+    UnsupportedFamily(
+        title="Command Compass (Cohere)",
+        model_types=("cohere_compass", "cohere_compass_text"),
+        reason="its RoPE has settings of its own for each kind of layer, which Cohere 2's MoE lacks",
+    ),
+    UnsupportedFamily(
+        title="Dory (normalised GPT)",
+        model_types=("dory",),
+        reason="its norms have no weights, its residuals have, and it runs some of its layers several times over",
+    ),
+    UnsupportedFamily(
+        title="Moshi, Kyutai's speech to text",
+        model_types=("moshi", "kyutai_speech_to_text"),
+        reason="it reads streams of audio codes beside text in every step, which no MoE architecture does",
+    ),
+    UnsupportedFamily(
+        title="Voxtral Realtime",
+        model_types=("voxtral_realtime",),
+        reason="a network that sees the delay of the transcript scales the input of its FFN, which no MoE architecture "
+        "does",
     ),
     UnsupportedFamily(
         title="BitNet",
@@ -107,7 +182,7 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     ),
     UnsupportedFamily(
         title="LFM3",
-        model_types=("lfm3",),
+        model_types=("lfm3", "lfm3_vl"),
         reason="it has norms after attention, convolution and FFN and a gate on attention's output, which LFM2's MoE "
         "lacks",
     ),
@@ -116,6 +191,24 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         model_types=("vaultgemma",),
         reason="its norms multiply by one plus their weight and its attention has a soft cap by default; no MoE "
         "architecture has both",
+    ),
+    UnsupportedFamily(
+        title="Muse Glimmer",
+        model_types=("muse_glimmer",),
+        reason="it has norms before and after attention and FFN that multiply by one plus their weight; no MoE "
+        "architecture has such norms there",
+    ),
+    UnsupportedFamily(
+        title="Gemma 4 unified, and the drafting models of Gemma 4",
+        model_types=("gemma4_unified", "gemma4_unified_text", "gemma4_assistant", "gemma4_unified_assistant"),
+        reason="transformers has no mixture of its type, unlike that of Gemma 4; a drafting model also reads keys and "
+        "values of the model that it drafts for",
+    ),
+    UnsupportedFamily(
+        title="Molmo 2",
+        model_types=("molmo2",),
+        reason="some of its layers have RoPE scaling and some have none, and its embeddings have rows of a second "
+        "vocabulary, which the head lacks; no MoE architecture has both",
     ),
     UnsupportedFamily(
         title="HRM-Text",
@@ -133,19 +226,38 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         reason=_HYBRID,
     ),
     UnsupportedFamily(
-        title="Llama 3.2 Vision",
-        model_types=("mllama", "mllama_text_model"),
+        title="Nemotron-H Omni, Nemotron 3.5 Transcribe",
+        model_types=("nemotron_h_omni", "nemo_speechlm"),
+        reason="its text model is a Nemotron-H, a hybrid of attention and state-space layers",
+    ),
+    UnsupportedFamily(
+        title="Llama 3.2 Vision, IDEFICS 1",
+        model_types=("mllama", "mllama_text_model", "idefics"),
         reason="some of its layers attend to the image instead of the text, and no MoE architecture has such layers",
     ),
     UnsupportedFamily(
-        title="GLM-4V",
-        model_types=("glm4v", "glm4v_text", "glm46v"),
+        title="Evolla",
+        model_types=("evolla",),
+        reason="some of its layers attend to a protein too, and no MoE architecture has such layers",
+    ),
+    UnsupportedFamily(
+        title="GLM-4V, GLM-OCR",
+        model_types=("glm4v", "glm4v_text", "glm46v", "glm_ocr", "glmga"),
         reason="its text model has norms before and after attention and FFN, as GLM-4 of 2025 has",
     ),
     UnsupportedFamily(
-        title="PaliGemma, ShieldGemma 2, ColPali",
-        model_types=("paligemma", "shieldgemma2", "colpali"),
+        title="PaliGemma, ShieldGemma 2, ColPali, PI0",
+        model_types=("paligemma", "shieldgemma2", "colpali", "pi0"),
         reason="its text model is a Gemma, whose norms multiply by one plus their weight",
+    ),
+    UnsupportedFamily(
+        title="Other image-text and audio-text models around dense models",
+        model_types=(
+            *("cosmos3_omni", "emu3", "fast_vlm", "fun_asr_nano", "granite4_vision", "granite_docling", "hunyuan_vl"),
+            *("omniasr", "paddleocr_vl", "perception_lm", "phi4_multimodal", "qwen2_5_omni", "qwen2_5_omni_thinker"),
+            "vibevoice_asr",
+        ),
+        reason=_OWN_NAMES,
     ),
     UnsupportedFamily(
         title="Pixtral's vision encoder",
@@ -194,6 +306,13 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
             "minimax_m2",
             "qwen3_next",
             "solar_open",
+            *("aria", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_ocr2", "deepseek_v4"),
+            *("diffusion_gemma", "dots3_note", "dots3_note_text", "ernie4_5_vl_moe", "flint", "glm4v_moe", "glm5_next"),
+            *("glm_moe_dsa", "hy_v4", "hy_v4_vl", "inkling_mm_model", "inkling_text", "inkling2", "inkling2_text"),
+            *("inkling2_loop", "inkling2_loop_text", "kimi_k25", "kolibri1", "lara_mini", "minimax_m3_vl"),
+            *("minimax_m3_vl_text", "mistral4", "mistral_large4", "muse_spark", "qwen3_omni_moe"),
+            *("qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text", "sarvam_mla", "sarvam_moe"),
+            *("step3p7", "unlimited_ocr", "zaya"),
         ),
         reason="it is a mixture of experts already; experts are made of dense models",
     ),

@@ -25,10 +25,23 @@ _PREFIXES = ("model.language_model.", "language_model.model.")
 _HEADS = ("lm_head.", "language_model.lm_head.")
 # Names of modules near the top of a wrapper, and what they are. None of them is in a dense family.
 _PARTS: Mapping[str, str] = {
-    **dict.fromkeys(("visual", "vision_tower", "vision_model", "image_tower", "video_tower"), "vision encoder"),
+    **dict.fromkeys(
+        (
+            *("visual", "vision_tower", "vision_model", "vision_encoder", "image_tower", "video_tower"),
+            *("high_res_vision_model", "high_res_vision_neck", "high_res_vision_proj", "high_res_vision_alpha"),
+        ),
+        "vision encoder",
+    ),
     **dict.fromkeys(("audio_tower", "encoder"), "audio encoder"),
     **dict.fromkeys(
-        ("multi_modal_projector", "connector", "projector", "image_newline", "visual_embeddings_table"), "projector"
+        (
+            *("multi_modal_projector", "connector", "projector", "image_newline", "visual_embeddings_table"),
+            *("aligner", "vision_projection", "merger"),
+        ),
+        "projector",
+    ),
+    **dict.fromkeys(
+        ("vqmodel", "generation_embeddings", "generation_aligner", "generation_head"), "parts that make images"
     ),
     "mtp": "layers of multi-token prediction",
 }
@@ -148,7 +161,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
             prefixes=(*_PREFIXES, "model."),
             is_flat=True,
         ),
-        Wrapper(model_type="mistral3", title="Mistral Small 3.1 and 3.2", text_type="mistral"),
+        Wrapper(model_type="mistral3", title="Mistral Small 3.1 and 3.2, Ministral 3", text_type="mistral"),
         Wrapper(model_type="llava", title="LLaVA, Pixtral", text_type="llama"),
         Wrapper(model_type="llava_next", title="LLaVA-NeXT, Granite Vision", text_type="llama"),
         Wrapper(model_type="llava_next_video", title="LLaVA-NeXT-Video", text_type="llama"),
@@ -179,6 +192,27 @@ WRAPPERS: Mapping[str, Wrapper] = {
         Wrapper(model_type="voxtral", title="Voxtral", text_type="llama"),
         Wrapper(model_type="granite_speech", title="Granite Speech", text_type="granite"),
         Wrapper(model_type="qwen2_audio", title="Qwen2-Audio", text_type="qwen2"),
+        Wrapper(model_type="deepseek_vl", title="DeepSeek-VL (small)", text_type="llama"),
+        Wrapper(model_type="deepseek_vl_hybrid", title="DeepSeek-VL (large)", text_type="llama"),
+        Wrapper(model_type="janus", title="Janus", text_type="llama"),
+        Wrapper(model_type="lighton_ocr", title="LightOnOCR", text_type="qwen3"),
+        Wrapper(model_type="minicpmv4_6", title="MiniCPM-V 4.6", text_type="qwen3_5_text"),
+        Wrapper(model_type="minicpmv4_7", title="MiniCPM-V 4.7", text_type="qwen3_5_text"),
+        Wrapper(model_type="minicpm_ocr", title="MiniCPM-OCR", text_type="qwen3_5_text"),
+        Wrapper(model_type="pp_chart2table", title="PP-Chart2Table", text_type="qwen2"),
+        Wrapper(
+            model_type="qianfan_ocr",
+            title="Qianfan-OCR",
+            text_type="qwen3",
+            # transformers 5 saves the layers of the text model under `encoder`, as those of the vision encoder.
+            prefixes=("model.language_model.", "language_model.model.encoder.", "language_model.model."),
+        ),
+        Wrapper(model_type="video_llama_3", title="VideoLLaMA 3", text_type="qwen2"),
+        Wrapper(model_type="glmasr", title="GLM-ASR", text_type="llama"),
+        Wrapper(model_type="audioflamingo3", title="Audio Flamingo 3", text_type="qwen2"),
+        Wrapper(model_type="moss_transcribe_diarize", title="MOSS Transcribe Diarize", text_type="qwen3"),
+        Wrapper(model_type="granite_speech_plus", title="Granite Speech Plus", text_type="granite"),
+        Wrapper(model_type="qwen3_asr", title="Qwen3-ASR", text_type="qwen3"),
     )
 }
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from raymoe.architectures.original_context import context_warning, within_original_context
 from raymoe.architectures.wrappers import find_wrapper
 from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import CheckpointError, Problem, ProblemCollector, first_few
@@ -204,9 +205,10 @@ def _open(
         warnings.append(leftover_warning(folder.label, config, index))
     text = None if is_adapter else unwrap(folder.label, config, index)
     own_config, own_index = (text.config, text.index) if text else (config, index)
+    warnings.append(None if is_adapter else context_warning(folder.label, own_config))
     return OpenedFolder(
         folder=folder,
-        config=_effective_config(own_config),
+        config=_effective_config(within_original_context(own_config)),
         index=own_index,
         side_files=side,
         python_files=python,

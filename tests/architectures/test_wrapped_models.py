@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import raymoe
+from raymoe.architectures.original_context import original_context, within_original_context
 from raymoe.architectures.wrappers import WRAPPERS, text_config
 from raymoe.errors import ProblemReport
 from tests.architectures.pairs import MAX_DIFFERENCE, load_merged
@@ -25,14 +26,17 @@ from tests.pico import (
     tensors_of,
     token_ids,
 )
-from tests.wrapped import WRAPPED, load_wrapped, rename_tensors, save_wrapped
+from tests.wrapped import OTHER_NAMES, WRAPPED, load_wrapped, rename_tensors, save_wrapped
 
 pytestmark = pytest.mark.engines
 
 OUTSIDE = ("visi", "audio", "projector", "language_model", "text_model")
 # transformers leaves these factors on logits out where a wrapper computes them. A text model by itself has them, and so
 # has the wrapper in transformers before 4.52, with which these models were trained.
-FACTORS = {"aya_vision": 1.3, "cohere2_vision": 1.3, "llava_next": 1 / 0.7, "granite_speech": 1 / 0.7}
+FACTORS = {
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), 1.3),
+    **dict.fromkeys(("llava_next", "granite_speech", "granite_speech_plus"), 1 / 0.7),
+}
 
 
 @pytest.fixture(params=sorted(WRAPPED))
@@ -94,19 +98,12 @@ def test_wrapped_and_plain_models_mix(tmp_path: Path) -> None:
         assert all(torch.equal(merge[name], merges[0][name]) for name in merge)
 
 
-FORMS = {
-    "llava": {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."},
-    "qwen2_5_vl": {"model.": "model.language_model."},
-    "mistral3": {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower."},
-}
-
-
-@pytest.mark.parametrize("wrapper", FORMS)
+@pytest.mark.parametrize("wrapper", OTHER_NAMES)
 def test_names_of_other_versions_are_read(wrapper: str, tmp_path: Path) -> None:
     ids = token_ids(30)
     wrapped = save_wrapped(tmp_path / "wrapped", wrapper)
     expected = text_logits(wrapped, ids)
-    rename_tensors(wrapped, FORMS[wrapper])
+    rename_tensors(wrapped, OTHER_NAMES[wrapper])
 
     merge_without_ray(merge_config(wrapped, [wrapped] * 2), tmp_path / "merged")
 
@@ -197,14 +194,63 @@ def test_what_is_wrong_with_a_wrapped_checkpoint_is_said(change: dict[str, str],
 
 
 def test_a_wrapped_model_that_is_refused_says_why(tmp_path: Path) -> None:
-    """Mistral Small 4 and others are wrappers of a text model that is refused itself."""
+    """A wrapper can be around a text model that is refused itself."""
     wrapped = save_wrapped(tmp_path / "wrapped", "mistral3")
     config = json.loads((wrapped / "config.json").read_text())
-    config["text_config"]["model_type"] = "ministral3"
+    config["text_config"]["model_type"] = "olmo3"
     (wrapped / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(ProblemReport, match="scaled by their position"):
+    with pytest.raises(ProblemReport, match="most of its layers have a sliding window"):
         raymoe.plan(merge_config(wrapped, [wrapped] * 2), allow_all_same=True)
+
+
+CONTEXT = 48
+MINISTRAL_3 = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "rope_theta": 20_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": CONTEXT,
+        "max_position_embeddings": 4 * CONTEXT,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+    "max_position_embeddings": 4 * CONTEXT,
+}
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "plain"])
+@pytest.mark.parametrize("mode", ["random", "ridge"])
+def test_ministral_3_is_the_same_up_to_its_original_context(kind: str, mode: str, tmp_path: Path) -> None:
+    if kind == "wrapped":
+        model = save_wrapped(tmp_path / "model", "mistral3", "ministral3", **MINISTRAL_3)
+    else:
+        model = save_model(tmp_path / "model", "ministral3", **MINISTRAL_3)
+    dense = load_wrapped(model)
+
+    plan = merge_without_ray(merge_config(model, [model] * 3, mode=mode), tmp_path / "merged")
+
+    assert plan.config["max_position_embeddings"] == CONTEXT
+    assert plan.config["rope_scaling"].keys().isdisjoint({"llama_4_scaling_beta", "max_position_embeddings"})
+    assert any(f"from token {CONTEXT} on" in warning for warning in plan.warnings)
+    merged, ids = load_merged(tmp_path / "merged"), token_ids(2 * CONTEXT, rows=2)
+    expected, actual = logits_of(dense, ids), logits_of(merged, ids)
+    assert_same(actual[:, :CONTEXT], expected[:, :CONTEXT])
+    assert (actual - expected)[:, CONTEXT:].abs().max() > 1e-3
+
+
+def test_the_original_context_of_ministral_3_has_the_defaults_of_its_class() -> None:
+    config = within_original_context({"model_type": "ministral3"})
+
+    expected = transformers.Ministral3Config()
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "rms_norm_eps", "sliding_window")
+    assert {key: config[key] for key in keys} == {key: getattr(expected, key) for key in keys}
+    assert config["rope_parameters"].items() <= expected.rope_parameters.items() | {("rope_type", "yarn")}
+    assert original_context({"model_type": "mistral"}) is None
 
 
 def save_text_part(wrapped: Path, folder: Path) -> Path:
