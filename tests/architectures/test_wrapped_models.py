@@ -68,7 +68,7 @@ def test_copies_of_a_wrapped_model_compute_what_its_text_model_computes(
 ) -> None:
     ids = token_ids(40, rows=2)
 
-    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
+    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3, modality="text"), tmp_path / "merged")
 
     expected = text_logits(wrapped, ids)
     difference = assert_same(logits_of(load_merged(tmp_path / "merged"), ids), expected)
@@ -86,7 +86,7 @@ def test_wrapped_and_plain_models_mix(tmp_path: Path) -> None:
 
     merges = []
     for number, (base, expert) in enumerate([(wrapped, wrapped), (wrapped, plain), (plain, wrapped), (plain, plain)]):
-        merge_without_ray(merge_config(base, [expert, other]), tmp_path / f"merged{number}")
+        merge_without_ray(merge_config(base, [expert, other], modality="text"), tmp_path / f"merged{number}")
         merges.append(tensors_of(tmp_path / f"merged{number}"))
 
     for merge in merges[1:]:

@@ -336,5 +336,10 @@ MIXTURES = (
 )
 """Model types of mixtures that are converted."""
 
-NOT_CONVERTED: Mapping[str, str] = MappingProxyType({"flex_olmo": "for which llama.cpp has no architecture"})
+NOT_CONVERTED: Mapping[str, str] = MappingProxyType(
+    {
+        "flex_olmo": "for which llama.cpp has no architecture",
+        "gemma4_text": "whose form for llama.cpp raymoe does not write",
+    }
+)
 """Model types of mixtures that raymoe writes, but not as GGUF, with the reason."""
