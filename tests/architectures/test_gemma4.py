@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import transformers
 
 import raymoe
 from raymoe.architectures.dense_spec import DenseSpec, read_spec
+from raymoe.errors import ProblemReport
+from raymoe.export.gguf import write_gguf
 from raymoe.report.inspect import inspect_checkpoint
 from tests.architectures.pairs import MAX_DIFFERENCE, load_merged
 from tests.pico import (
@@ -131,6 +134,41 @@ def test_shared_experts_are_refused(zoo: Callable[..., Path]) -> None:
     dense = zoo(FAMILY)
     report = plan_problems(merge_config(dense, [dense] * 2, mode="random", shared=dense))
     assert "Gemma 4 MoE: shared_experts: it has none" in report
+
+
+SPOILED = {
+    "post_feedforward_layernorm_2.weight": lambda held: held * 1.01,
+    "post_feedforward_layernorm_1.weight": lambda held: held * 0.5,
+    "router.scale": lambda held: held + 0.01,
+    "router.per_expert_scale": lambda held: torch.ones_like(held),
+    "mlp.down_proj.weight": lambda held: held + 0.01,
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_gguf_refuses_other_constants(name: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """A file has those that raymoe writes."""
+    dense = zoo(FAMILY)
+    merge_without_ray(merge_config(dense, [dense] * 2, mode="random"), tmp_path / "merged")
+    whole = tmp_path / "whole"
+    load_merged(tmp_path / "merged").save_pretrained(whole)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense / file, whole / file)
+    assert write_gguf(whole, tmp_path / "whole.gguf").architecture == "gemma4"
+    full = f"model.layers.1.{name}"
+    other = copy_model(whole, tmp_path / "other", tensors={full: SPOILED[name](tensors_of(whole)[full])})
+    with pytest.raises(ProblemReport, match=re.escape(f"can't be written to the file: {full}")):
+        write_gguf(other, tmp_path / "other.gguf")
+
+
+def test_gguf_refuses_other_rope(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    ropes = make_config(FAMILY).rope_parameters
+    dense = zoo(FAMILY, rope_parameters={**ropes, "full_attention": {"rope_type": "default", "rope_theta": 1e4}})
+    merge_without_ray(merge_config(dense, [dense] * 2, mode="random"), tmp_path / "merged")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense / file, tmp_path / "merged" / file)
+    with pytest.raises(ProblemReport, match="RoPE of types default, default: it has default with a window"):
+        write_gguf(tmp_path / "merged", tmp_path / "model.gguf")
 
 
 def test_a_merge_is_no_source_of_experts(zoo: Callable[..., Path], tmp_path: Path) -> None:

@@ -43,8 +43,15 @@ from raymoe.architectures.moe_architecture import (
 from raymoe.architectures.tensor_tables import GEMMA4_ROWS
 from raymoe.tensor_names import LAYER
 
-_SCALE = 2.0**-11
+EXPERT_SCALE = 2.0**-11
+"""What experts' outputs are multiplied by."""
+
 _MLP = {role: f"{LAYER}mlp.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+
+def norm_after_experts(eps: float) -> float:
+    """The weight with which the norm after the experts has no effect."""
+    return math.sqrt(eps) / EXPERT_SCALE
 
 
 def _config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
@@ -70,8 +77,8 @@ def _constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     return (
         *zero_ffn(_MLP, EMPTY_SHARED_WIDTH),
         ConstantRow(name=norm_1, shape=("hidden",), value=1.0),
-        ConstantRow(name=norm_2, shape=("hidden",), value=math.sqrt(spec.rms_norm_eps) / _SCALE),
-        ConstantRow(name=LAYER + "router.per_expert_scale", shape=(moe.experts,), value=_SCALE),
+        ConstantRow(name=norm_2, shape=("hidden",), value=norm_after_experts(spec.rms_norm_eps)),
+        ConstantRow(name=LAYER + "router.per_expert_scale", shape=(moe.experts,), value=EXPERT_SCALE),
     )
 
 
@@ -98,7 +105,6 @@ GEMMA_ARCHITECTURES = (
         dense_keys={"enable_moe_block": False},
         aliases={PER_TOKEN_KEY: "top_k_experts"},
         min_transformers="5.23",
-        runs_in_llama_cpp=lambda moe: False,
         note="the dense FFN beside the experts is zeros, and constants cancel the norm after the experts",
     ),
 )
