@@ -79,6 +79,22 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
+    "gemma4_text": {
+        "rms_norm_eps": 1e-6,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 12,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20_000.0},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 500_000.0},
+        },
+        "final_logit_softcapping": 5.0,
+        "hidden_size_per_layer_input": 0,
+        "tie_word_embeddings": False,
+    },
     "seed_oss": {"head_dim": 32},
     "glm": {"head_dim": 32},
     "smollm3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": False},
@@ -165,6 +181,9 @@ def save_model(
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.copy_(0.7 + 0.2 * torch.rand(1, generator=generator))
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:

@@ -70,6 +70,23 @@ def _vision(model_type: str = "", **more: Any) -> dict[str, Any]:
 # Wrapper -> the family of its text, and the other keys of its config.
 WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", {"vision_config": {**_QWEN_VISION, "num_position_embeddings": 16}}),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "pooling_kernel_size": 2,
+                "patch_size": 4,
+                "position_embedding_size": 32,
+            },
+            "audio_config": None,
+        },
+    ),
     "qwen3_vl": (
         "qwen3",
         {"vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}},

@@ -10,7 +10,7 @@ from typing import Any
 
 from raymoe.architectures.dense_family import Scan
 from raymoe.architectures.rope import is_number, rope_kind, rope_parameters
-from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR
+from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR, SLIDING
 
 
 def windows_everywhere(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -225,3 +225,80 @@ def phi3_values(config: Mapping[str, Any]) -> dict[str, Any]:
     rope.update(rope_type="longrope", original_max_position_embeddings=config["original_max_position_embeddings"])
     rope.pop("type", None)
     return {"rope_scaling": rope}
+
+
+_GEMMA4_PATTERN = 6  # by default, each sixth layer is without a window
+_GEMMA4_LAYER_KEYS = ("head_dim", "num_key_value_heads")
+
+
+def gemma4_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """The last layer has no window, whatever the config says."""
+    every = _GEMMA4_PATTERN
+    given = config.get("layer_types") or [SLIDING if n % every else ATTENTION for n in range(1, layers + 1)]
+    return (*given[:-1], ATTENTION)
+
+
+def gemma4_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    return _windows_of(config, tuple(kind == SLIDING for kind in gemma4_kinds(config, layers)))
+
+
+def gemma4_limits(config: Mapping[str, Any]) -> list[str]:
+    reasons = []
+    if config["enable_moe_block"]:
+        reasons.append("enable_moe_block is on: it is a mixture of experts already; experts are made of dense models")
+    if width := config["hidden_size_per_layer_input"]:
+        reasons.append(
+            f"hidden_size_per_layer_input is {width}: each layer of such a model (E2B, E4B) reads an embedding of its "
+            "own, which raymoe does not run to read prompts"
+        )
+    if shared := config["num_kv_shared_layers"]:
+        reasons.append(
+            f"num_kv_shared_layers is {shared}: these layers have the keys and values of an earlier one, which raymoe, "
+            "running one layer at a time, does not keep"
+        )
+    if config.get("use_bidirectional_attention") == "all":
+        reasons.append("use_bidirectional_attention is all: its tokens attend to later ones, so it is no causal model")
+    return reasons + _gemma4_head_limits(config)
+
+
+def _gemma4_head_limits(config: Mapping[str, Any]) -> list[str]:
+    """`per_layer_config`, in which transformers 5 saves the heads of layers without a window, may hold anything."""
+    own = config.get("per_layer_config") or {}
+    if not all(isinstance(each, Mapping) and not each.keys() - {*_GEMMA4_LAYER_KEYS} for each in own.values()):
+        return [f"per_layer_config has other keys than {' and '.join(_GEMMA4_LAYER_KEYS)}"]
+    kinds = gemma4_kinds(config, config["num_hidden_layers"])
+    heads = [_gemma4_heads(config, layer, kind) for layer, kind in enumerate(kinds)]
+    usual = (config["head_dim"], config["num_key_value_heads"])
+    if any(each != (heads[-1] if kind == ATTENTION else usual) for each, kind in zip(heads, kinds, strict=True)):
+        return ["per_layer_config gives layers of one kind different heads"]
+    head_dim, number = heads[-1]
+    if not (isinstance(head_dim, int) and isinstance(number, int) and head_dim > 0 and number > 0):
+        return [f"per_layer_config has head_dim {head_dim!r:.40} and num_key_value_heads {number!r:.40}"]
+    if config["num_attention_heads"] % number:
+        return [f"num_attention_heads {config['num_attention_heads']} is not a multiple of {number}, in some layers"]
+    if number != usual[1] and not config["attention_k_eq_v"]:
+        return ["per_layer_config has a num_key_value_heads of its own, which takes attention_k_eq_v"]
+    return []
+
+
+def _gemma4_heads(config: Mapping[str, Any], layer: int, kind: str) -> tuple[Any, Any]:
+    """(head_dim, number of heads of keys and values) of a layer."""
+    own: Mapping[str, Any] = {}
+    if "per_layer_config" in config:
+        own = config["per_layer_config"].get(str(layer)) or {}
+    elif kind == ATTENTION:
+        number = config.get("num_global_key_value_heads") if config["attention_k_eq_v"] else None
+        own = {"head_dim": config["global_head_dim"], **({"num_key_value_heads": number} if number else {})}
+    return own.get("head_dim", config["head_dim"]), own.get("num_key_value_heads", config["num_key_value_heads"])
+
+
+def gemma4_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads of layers without a window under the published names, whichever way they were saved."""
+    layers = config["num_hidden_layers"]
+    head_dim, number = _gemma4_heads(config, layers - 1, ATTENTION)
+    return {
+        "layer_types": list(gemma4_kinds(config, layers)),
+        "global_head_dim": head_dim,
+        "num_global_key_value_heads": number,
+        "hidden_size_per_layer_input": 0,
+    }

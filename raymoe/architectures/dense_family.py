@@ -101,11 +101,13 @@ class DenseFamily:
         kinds: From a config and a number of layers to the kind of each layer. None if all layers are alike.
         scan: From the values of `carried` to what layers of kind `LINEAR` hold while they run.
         has_partial_rotary: Its RoPE may rotate a part of each head only.
+        rope_kinds: The kinds of layers that each have RoPE settings of their own. Empty: all layers have the same.
         rope_is_interleaved: Its RoPE rotates dimension 0 of a head with 1, 2 with 3, ..., and not the first half with
             the second.
         has_rope_alpha: Its `dynamic` RoPE scaling may have `alpha`, which makes the base of RoPE larger from the first
             token on.
         norms_add_one: Its norms multiply by 1 + weight, except those of linear attention.
+        scales_embeddings: Its embeddings are multiplied by the square root of their width, rounded to their dtype.
         limits: Reasons why no MoE architecture can represent a config, one text per reason.
         adjust: Config values that follow from others.
         ignored: Suffixes of tensor names in old checkpoints that no model reads.
@@ -130,9 +132,11 @@ class DenseFamily:
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
     scan: Callable[[Mapping[str, Any]], Scan] | None = None
     has_partial_rotary: bool = False
+    rope_kinds: tuple[str, ...] = ()
     rope_is_interleaved: bool = False
     has_rope_alpha: bool = False
     norms_add_one: bool = False
+    scales_embeddings: bool = False
     limits: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")

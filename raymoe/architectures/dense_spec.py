@@ -22,6 +22,7 @@ from raymoe.architectures.rope import (
     read_rope,
     rope_kind_problems,
     rope_value_problems,
+    ropes_of_layers,
     rotary_share,
 )
 from raymoe.architectures.tensor_tables import LINEAR
@@ -29,7 +30,7 @@ from raymoe.architectures.unsupported_families import unsupported_reason
 from raymoe.errors import Problem, first_few
 
 # Keys where null means that the model lacks the feature.
-NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank"})
+NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank", "hidden_size_per_layer_input"})
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -104,6 +105,11 @@ class DenseSpec:
     def latent_q_bias(self) -> bool:
         """Whether queries are made of latent numbers that have a bias (DeepSeek's attention)."""
         return self.qkv_bias and bool(self.extra["q_lora_rank"])
+
+    @property
+    def windowless_v_bias(self) -> bool:
+        """Whether layers without a window have values with a bias, and not their keys as values (Gemma 4's)."""
+        return self.qkv_bias and not self.extra["attention_k_eq_v"]
 
     @property
     def scan(self) -> Scan | None:
@@ -223,10 +229,10 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
         for key in keys
         if merged.get(key) is not None and not is_valid(merged[key])
     ]
-    problems = problems or _value_problems(where, rope_value_problems(merged))
+    family = FAMILIES[model_type]
+    problems = problems or _value_problems(where, rope_value_problems(merged, family.rope_kinds))
     if problems:
         return problems
-    family = FAMILIES[model_type]
     if limits := family.limits(merged):
         return [
             Problem(where=where, what=reason, remedy="check the model's config; `raymoe archs` lists what works")
@@ -237,7 +243,7 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
     if problems:
         return problems
     spec = _build(family, merged)
-    return _value_problems(where, rope_kind_problems(merged, spec.rotary_dim)) or spec
+    return _value_problems(where, rope_kind_problems(merged, spec.rotary_dim, family.rope_kinds)) or spec
 
 
 def _value_problems(where: str, found: Iterable[tuple[str, str]]) -> list[Problem]:
@@ -313,12 +319,19 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
             *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
             *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
             *("linear_num_key_heads", "linear_num_value_heads"),
+            *("global_head_dim", "num_global_key_value_heads"),
             *("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_chunk_size"),
         ),
         _is_positive_int,
         "a positive whole number",
     ),
-    (("rope_scaling", "rope_parameters"), lambda v: isinstance(v, Mapping), "an object or null"),
+    (("final_logit_softcapping",), is_positive, POSITIVE),
+    (
+        ("hidden_size_per_layer_input", "num_kv_shared_layers"),
+        lambda v: v == 0 or _is_positive_int(v),
+        "a whole number from 0 on",
+    ),
+    (("rope_scaling", "rope_parameters", "per_layer_config"), lambda v: isinstance(v, Mapping), "an object or null"),
     (("layer_types", "layers_block_type"), lambda v: _is_list_of(v, str), "a list of kinds or null"),
     (("full_attn_idxs",), lambda v: _is_list_of(v, int), "a list of numbers of layers or null"),
     (("mamba_d_head",), lambda v: v == "auto" or _is_positive_int(v), 'a positive whole number or "auto"'),
@@ -327,7 +340,7 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (
         (
             *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "conv_bias", "use_sliding_window"),
-            *("rope_interleave", "mamba_conv_bias", "mamba_proj_bias"),
+            *("rope_interleave", "mamba_conv_bias", "mamba_proj_bias", "attention_k_eq_v"),
         ),
         lambda v: isinstance(v, bool),
         "true or false",
@@ -370,7 +383,7 @@ def _check_layers(family: DenseFamily, merged: Mapping[str, Any], where: str) ->
 
 def _build(family: DenseFamily, merged: Mapping[str, Any]) -> DenseSpec:
     heads, layers = merged["num_attention_heads"], merged["num_hidden_layers"]
-    theta, scaling = read_rope(merged)
+    theta, scaling = read_rope(next(ropes_of_layers(merged, family.rope_kinds)))
     window, sliding = family.windows(merged, layers)
 
     def has(feature: str) -> bool:

@@ -15,6 +15,10 @@ from raymoe.architectures.config_rules import (
     cohere_windows,
     cwm_rope,
     cwm_windows,
+    gemma4_kinds,
+    gemma4_limits,
+    gemma4_values,
+    gemma4_windows,
     granite4_kinds,
     granite4_limits,
     granite4_scan,
@@ -38,7 +42,9 @@ from raymoe.architectures.config_rules import (
 )
 from raymoe.architectures.dense_family import DenseFamily
 from raymoe.architectures.tensor_tables import (
+    ATTENTION,
     COHERE2_ROWS,
+    GEMMA4_ROWS,
     GLM_ROWS,
     GRANITE4_ROWS,
     GRANITE_SWA_ROWS,
@@ -49,6 +55,7 @@ from raymoe.architectures.tensor_tables import (
     OLMO2_ROWS,
     PHI3_ROWS,
     QWEN3_5_ROWS,
+    SLIDING,
 )
 
 _COMMON_DEFAULTS: dict[str, Any] = {
@@ -205,6 +212,47 @@ FAMILIES: Mapping[str, DenseFamily] = {
                 "partial_rotary_factor": 0.25,
                 "full_attention_interval": 4,
                 **_QWEN3_5_SIZES,
+            },
+        ),
+        DenseFamily(
+            model_type="gemma4_text",
+            title="Gemma 4 (text)",
+            rows=GEMMA4_ROWS,
+            keys={"hidden_act": ("hidden_activation",)},
+            windows=gemma4_windows,
+            kinds=gemma4_kinds,
+            reads_layer_types=True,
+            rope_kinds=(SLIDING, ATTENTION),
+            scales_embeddings=True,
+            switches=_ALL_BIASES,
+            carried=(
+                *("global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", "rope_parameters"),
+                *("final_logit_softcapping", "hidden_size_per_layer_input", "num_kv_shared_layers"),
+            ),
+            limits=gemma4_limits,
+            adjust=gemma4_values,
+            dropped=("per_layer_config", "rope_theta", "use_double_wide_mlp", "vocab_size_per_layer_input"),
+            mixture_keys=("enable_moe_block", "num_experts", "top_k_experts", "moe_intermediate_size"),
+            defaults={
+                **_COMMON_DEFAULTS,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 131072,
+                "head_dim": 256,
+                "global_head_dim": 512,
+                "attention_k_eq_v": False,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "sliding_window": 512,
+                "tie_word_embeddings": True,
+                "hidden_size_per_layer_input": 256,
+                "num_kv_shared_layers": 0,
+                "enable_moe_block": False,
+                "rope_parameters": {
+                    SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+                    ATTENTION: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+                },
+                "pad_token_id": 0,
+                "bos_token_id": 2,
+                "eos_token_id": 1,
             },
         ),
         DenseFamily(

@@ -3,7 +3,7 @@
 A MoE architecture represents a dense model exactly if, with the dense model's FFN as every expert, it computes what the
 dense model computes. Features that it can't express (a bias that its attention lacks, a window on some layers only) are
 refused by name: a checkpoint that loads but computes something else is worse than none. The architectures are in
-moe/llama_like.py, moe/granite.py, moe/same_family.py and moe/sigmoid_routed.py. How names and shapes are written:
+moe/. How names and shapes are written:
 
     backbone, router      `{layer}` stands for the number of the layer
     expert                `{layer}`, and `{expert}` for the number of the expert. A name without `{expert}` is a tensor
@@ -32,13 +32,15 @@ MIXTURE_KEYS = frozenset(
         *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         *("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
         # How many run for a token, and with which weights.
-        *(PER_TOKEN_KEY, "moe_k", "moe_topk", "norm_topk_prob", "moe_norm_min", "routed_scaling_factor"),
+        *(PER_TOKEN_KEY, "moe_k", "moe_topk", "top_k_experts"),
+        *("norm_topk_prob", "moe_norm_min", "routed_scaling_factor"),
         *("scoring_func", "topk_method", "n_group", "topk_group", "expert_selection_fn", "use_expert_bias"),
         # How wide they are.
         *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
         *("prefix_dense_intermediate_size", "shared_expert_combination_strategy", "use_mixed_mlp_moe"),
         # Which layers have them.
-        *("decoder_sparse_step", "mlp_only_layers", "mlp_layer_types", "first_k_dense_replace", "moe_layer_freq"),
+        *("enable_moe_block", "decoder_sparse_step", "mlp_only_layers", "mlp_layer_types"),
+        *("first_k_dense_replace", "moe_layer_freq"),
         *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "num_dense_layers"),
         *("prefix_dense_sliding_window_pattern", "num_nextn_predict_layers", "num_mtp_layers"),
         # Training.
@@ -96,7 +98,10 @@ class MoeArchitecture:
         accepts: The dense families that it takes.
         backbone: Role to tensor name, of all but experts and routers. A model with another role does not fit.
         expert: Role to tensor name, of the FFN of an expert.
+        copies: Role to further names of the same tensor, for what the MoE architecture has several times over.
         router: The tensor name of a layer's router.
+        router_factor: From the width of hidden states to the number that rows of the router are multiplied by in the
+            file, since the architecture divides by it.
         config: Keys that it adds to the config.json that `moe_config` makes.
         unsupported_reasons: Features of a dense model, or numbers of experts, that it can't represent: one text per
             reason, with the config key.
@@ -139,6 +144,8 @@ class MoeArchitecture:
     config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
     unsupported_reasons: Callable[[DenseSpec, MoeShape], list[str]]
     dense_family: str
+    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    router_factor: Callable[[int], float] = lambda hidden: 1.0
     windowed_family: str = ""
     qk_norm_family: str = ""
     partial_rotary_family: str = ""
@@ -219,9 +226,10 @@ def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) ->
     Written out in full, since the defaults of dense and MoE configurations differ (RMSNorm's epsilon does, for one).
     RoPE is written in the older form, `rope_theta` and `rope_scaling`, which every program reads. An architecture that
     transformers 4 lacks may name `rope_parameters`, which are then written alone, since `rope_scaling` would override
-    them.
+    them. Where these have settings for each kind of layer, even an empty `rope_scaling` would.
     """
-    carried = FAMILIES[architecture.dense_family].carried
+    family = FAMILIES[architecture.dense_family]
+    carried = family.carried
     keys = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
@@ -242,6 +250,8 @@ def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) ->
         **{key: value for key, value in spec.extra.items() if key in carried},
         **architecture.config(spec, moe),
     }
+    if family.rope_kinds:
+        return {key: value for key, value in keys.items() if key not in ("rope_scaling", "rope_theta")}
     return {**keys, "rope_scaling": None} if keys.get("rope_parameters") else keys
 
 

@@ -8,7 +8,7 @@ config has both, `rope_scaling` counts, as in transformers. Kinds and the keys t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 POSITIVE = "a number over 0 (up to 1.8e+308)"
@@ -24,6 +24,8 @@ _REQUIRED_KEYS: Mapping[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
 }
 _LISTS = ("short_factor", "long_factor")
+# Kinds that are known where each kind of layer has settings of its own.
+_REQUIRED_KEYS_PER_LAYER: Mapping[str, tuple[str, ...]] = {"default": (), "proportional": ()}
 # Keys that may be left out or null, all of them numbers.
 _OPTIONAL = (
     *("original_max_position_embeddings", "alpha", "attention_factor", "beta_fast", "beta_slow"),
@@ -48,8 +50,30 @@ def rotary_share(config: Mapping[str, Any]) -> float:
     return float(rope_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
 
-def rope_value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(what, what was expected) of values that are invalid for every family."""
+def ropes_of_layers(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """The config with one set of RoPE settings for all layers, as often as it has one: once if `kinds` is empty, else
+    for each of these kinds of layers. The settings of a kind that it does not name are empty."""
+    if not kinds:
+        yield config
+        return
+    ropes = rope_parameters(config)
+    for kind in kinds:
+        yield {**config, "rope_scaling": None, "rope_parameters": ropes.get(kind)}
+
+
+def rope_value_problems(config: Mapping[str, Any], kinds: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """(what, what was expected) of values that are invalid for every family, or for a family whose layers of each of
+    `kinds` have settings of their own."""
+    for kind in kinds:
+        settings = rope_parameters(config).get(kind)
+        if not isinstance(settings, Mapping) or not is_positive(settings.get("rope_theta")):
+            yield f"its RoPE has no rope_theta for {kind} layers", "settings for each kind of layer"
+            return
+    for one in ropes_of_layers(config, kinds):
+        yield from _value_problems(one)
+
+
+def _value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for parameters in (config, rope_parameters(config)):
         share = parameters.get("partial_rotary_factor")
         if share is not None and not (is_positive(share) and share <= 1):
@@ -67,15 +91,24 @@ def rope_value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{key:.80} of its RoPE is {value!r:.80}", "a number that a float can hold"
 
 
-def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[tuple[str, str]]:
+def rope_kind_problems(
+    config: Mapping[str, Any], rotary_dim: int, kinds: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
     """(what, what was expected) of a kind of scaling that transformers can't compute. `rotary_dim`: dimensions of a
-    head that RoPE rotates."""
+    head that RoPE rotates. `kinds` as in `rope_value_problems`."""
+    for one in ropes_of_layers(config, kinds):
+        yield from _kind_problems(one, rotary_dim, _REQUIRED_KEYS_PER_LAYER if kinds else _REQUIRED_KEYS)
+
+
+def _kind_problems(
+    config: Mapping[str, Any], rotary_dim: int, known: Mapping[str, tuple[str, ...]]
+) -> Iterator[tuple[str, str]]:
     parameters = rope_parameters(config)
     kind = rope_kind(parameters)
-    if kind not in _REQUIRED_KEYS:
-        yield f"its RoPE is of type {kind!r:.40}", f"one of {', '.join(_REQUIRED_KEYS)}"
+    if kind not in known:
+        yield f"its RoPE is of type {kind!r:.40}", f"one of {', '.join(known)}"
         return
-    for key in _REQUIRED_KEYS[kind]:
+    for key in known[kind]:
         value = parameters.get(key)
         if key not in _LISTS and not is_positive(value):
             yield f"{key} of its {kind} RoPE is {value!r:.80}", POSITIVE

@@ -139,6 +139,7 @@ PHI3_ROWS = (
     _HEAD,
 )
 CONV, ATTENTION, LINEAR = "conv", "full_attention", "linear_attention"
+SLIDING = "sliding_attention"
 
 
 def _granite4_rows() -> tuple[TensorRow, ...]:
@@ -276,6 +277,45 @@ def _qwen3_5_rows() -> tuple[TensorRow, ...]:
     )
 
 
+def _gemma4_rows() -> tuple[TensorRow, ...]:
+    """Four norms of the residual stream. Layers without a window have heads of their own, and with `attention_k_eq_v`
+    their values are their keys."""
+    sizes = {
+        "q_out": "heads*global_head_dim",
+        "kv_out": "num_global_key_value_heads*global_head_dim",
+        "head_dim": "global_head_dim",
+    }
+
+    def attention(kind: str) -> tuple[TensorRow, ...]:
+        return (
+            *_attention("q", kind=kind),
+            _head_norm("q", "q_norm", "head_dim", kind=kind),
+            _head_norm("k", "k_norm", "head_dim", kind=kind),
+            *_attention("k", kind=kind),
+            *_attention("v", kind=kind),
+            *_attention("o", kind=kind),
+        )
+
+    def without_window(row: TensorRow) -> TensorRow:
+        when = {"attn.v": "!attention_k_eq_v", "attn.v.bias": "windowless_v_bias"}.get(row.role, row.when)
+        return replace(row, when=when, shape=tuple(sizes.get(size, size) for size in row.shape))
+
+    return (
+        _EMBED,
+        TensorRow(role="norm.layer_scalar", name=f"{LAYER}layer_scalar", shape=("1",)),
+        *attention(SLIDING),
+        *(without_window(row) for row in attention(ATTENTION)),
+        *_FFN,
+        _norm("input", "input_layernorm"),
+        _norm("post", "post_attention_layernorm"),
+        _norm("pre_ffn", "pre_feedforward_layernorm"),
+        _norm("post_ffn", "post_feedforward_layernorm"),
+        _FINAL_NORM,
+        _HEAD,
+    )
+
+
+GEMMA4_ROWS = _gemma4_rows()
 GRANITE4_ROWS = _granite4_rows()
 LFM2_ROWS = _lfm2_rows()
 MLA_ROWS = _mla_rows()

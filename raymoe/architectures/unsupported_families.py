@@ -25,16 +25,16 @@ _HYBRID = "it is a hybrid of attention and state-space layers, which raymoe's ta
 
 UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     UnsupportedFamily(
-        title="Gemma 1 to 4",
-        model_types=("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
-        reason="its norms multiply by one plus their weight (but for Gemma 4's), and the one MoE with its four norms, "
-        "Gemma 4's, has a dense FFN next to the experts and norms after each of the two",
+        title="Gemma 1 to 3",
+        model_types=("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"),
+        reason="the one MoE with norms before and after attention and FFN, Gemma 4's, also normalizes the values of "
+        "attention, as Gemma 1 to 3 do not; Gemma 3n does, and has further parts in each layer (AltUp, LAuReL)",
     ),
     UnsupportedFamily(
         title="GLM-4 of 2025 (0414)",
         model_types=("glm4",),
-        reason="it has norms before and after attention and FFN; of MoEs only Gemma 4's has them, with a dense FFN "
-        "next to the experts",
+        reason="it has norms before and after attention and FFN; of MoEs only Gemma 4's has them, and its "
+        "attention has norms of queries, keys and values too",
     ),
     UnsupportedFamily(
         title="OLMo 1",
@@ -248,7 +248,7 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     UnsupportedFamily(
         title="PaliGemma, ShieldGemma 2, ColPali, PI0",
         model_types=("paligemma", "shieldgemma2", "colpali", "pi0"),
-        reason="its text model is a Gemma, whose norms multiply by one plus their weight",
+        reason="its text model is a Gemma 1 to 3, which Gemma 4's MoE does not compute",
     ),
     UnsupportedFamily(
         title="Other image-text and audio-text models around dense models",

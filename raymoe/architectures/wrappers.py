@@ -36,7 +36,7 @@ _PARTS: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("multi_modal_projector", "connector", "projector", "image_newline", "visual_embeddings_table"),
-            *("aligner", "vision_projection", "merger"),
+            *("aligner", "vision_projection", "merger", "embed_vision", "embed_audio"),
         ),
         "projector",
     ),
@@ -146,6 +146,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     wrapper.model_type: wrapper
     for wrapper in (
         Wrapper(model_type="qwen3_5", title="Qwen3.5", text_type="qwen3_5_text", mixture="qwen3_5_moe"),
+        Wrapper(model_type="gemma4", title="Gemma 4", text_type="gemma4_text", mixture="gemma4"),
         Wrapper(model_type="qwen3_vl", title="Qwen3-VL", text_type="qwen3_vl_text"),
         Wrapper(
             model_type="qwen2_5_vl",
@@ -226,6 +227,13 @@ MIXTURE_WRAPPERS: Mapping[str, Wrapper] = {
             text_type="qwen3_5_moe_text",
             class_name="Qwen3_5MoeForConditionalGeneration",
         ),
+        # The type of the dense model, too: the text part says which of the two a model is.
+        Wrapper(
+            model_type="gemma4",
+            title="Gemma 4 MoE",
+            text_type="gemma4_text",
+            class_name="Gemma4ForConditionalGeneration",
+        ),
     )
 }
 """Wrappers whose text part is a mixture that raymoe writes."""
@@ -234,7 +242,7 @@ MIXTURE_WRAPPERS: Mapping[str, Wrapper] = {
 def find_wrapper(config: Mapping[str, Any]) -> Wrapper | None:
     """The wrapper that a config.json describes; None for a text model and for types that raymoe does not know."""
     model_type = config.get("model_type")
-    return {**WRAPPERS, **MIXTURE_WRAPPERS}.get(model_type) if isinstance(model_type, str) else None
+    return {**MIXTURE_WRAPPERS, **WRAPPERS}.get(model_type) if isinstance(model_type, str) else None
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

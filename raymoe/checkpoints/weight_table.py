@@ -44,6 +44,7 @@ _DENSE_KEYS = (
     "use_sliding_window",
     "max_window_layers",
     "layer_types",
+    "per_layer_config",
     "tie_word_embeddings",
     "attention_bias",
 )
@@ -59,7 +60,7 @@ _REMEDY = "name a merge as raymoe wrote it"
 class RoutingRule:
     """How a MoE architecture turns router scores into weights: `score_function` of all experts (softmax or sigmoid),
     then the highest `per_token` of them, made to sum to one if it `renormalizes`. `has_shared_gate`: the shared expert
-    is weighted by the sigmoid of its own gate.
+    is weighted by the sigmoid of its own gate. `router_factor`: rows of the router are multiplied by it in the file.
     """
 
     experts: int
@@ -69,6 +70,7 @@ class RoutingRule:
     has_shared_gate: bool
     activation: str
     score_function: str = "softmax"
+    router_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,7 @@ def mixture_model(facts: ModelFacts) -> CheckpointModel:
         what = f"model_type is {facts.config.get('model_type')!r}, which is not a mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
     # `read_spec` checks the dense config only, and not all keys that are read here.
-    odd_values = rope_value_problems(facts.config)
+    odd_values = rope_value_problems(facts.config, FAMILIES[architecture.dense_family].rope_kinds)
     where = f"{facts.label}/config.json"
     if problems := first_few(Problem(where=where, what=w, remedy=f"expected {expected}") for w, expected in odd_values):
         raise ProblemReport(problems)
@@ -198,6 +200,7 @@ def _routing_rule(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseS
         has_shared_gate=bool(architecture.shared_router),
         activation=spec.hidden_act,
         score_function=architecture.score_function,
+        router_factor=architecture.router_factor(spec.hidden),
     )
 
 

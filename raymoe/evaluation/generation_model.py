@@ -113,7 +113,10 @@ class GenerationModel:
             module = AutoModelForCausalLM.from_config(config)
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
-                if any(buffer.is_meta for buffer in child.buffers(recurse=False)):  # the angles of RoPE
+                computed = child._non_persistent_buffers_set & {n for n, b in child.named_buffers() if b.is_meta}
+                if "embed_scale" in computed:
+                    child.embed_scale = torch.tensor(child.scalar_embed_scale, device=self._device)
+                elif computed:  # the angles of RoPE
                     setattr(parent, name, type(child)(config=config).to(self._device))
         for layer in module.model.layers:
             setattr(layer, self._family.ffn, torch.nn.Identity())

@@ -62,8 +62,10 @@ class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy h
         if self.route.forced is not None:
             chosen = self.route.forced.repeat_interleave(tokens)[:, None]
             return Choice(experts=chosen, weights=torch.ones(chosen.shape, device=states_NH.device))
-        router = self._tensors["router"] if self.route.router is None else self.route.router
-        scores_NE = torch.nn.functional.linear(states_NH, router)
+        if self.route.router is None:
+            scores_NE = torch.nn.functional.linear(states_NH, self._tensors["router"]) / self._rule.router_factor
+        else:
+            scores_NE = torch.nn.functional.linear(states_NH, self.route.router)
         if self._rule.score_function == "sigmoid":
             scores_NE = scores_NE.float().sigmoid()
         else:

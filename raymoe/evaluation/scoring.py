@@ -149,7 +149,7 @@ class _Pass:
     def _score(self, work_done: Callable[[int], None]) -> None:
         """Compute log-likelihoods from the last states. Each block of the head is read once for all texts and
         variants."""
-        norm = self._decoder.final_norm()
+        norm, cap = self._decoder.final_norm(), self._decoder.logit_cap
         scores: dict[str, list[_TokenScores]] = {}
         for variant in self._variants:
             states = self._states.pop(variant.name)
@@ -160,7 +160,7 @@ class _Pass:
         for start, rows_VH in self._decoder.head_blocks(_VOCAB_BLOCK):
             for members in scores.values():
                 for member, batch in zip(members, self._batches, strict=True):
-                    member.add(start, rows_VH)
+                    member.add(start, rows_VH, cap)
                     work_done(int(batch.lengths.sum()))
         for name, members in scores.items():
             shapes = [(len(batch.lengths), batch.ids.shape[1] - 1) for batch in self._batches]
@@ -175,11 +175,13 @@ class _TokenScores:
         self._total = torch.full(targets_N.shape, -torch.inf, device=states_NH.device)
         self._target_scores = torch.zeros(targets_N.shape, device=states_NH.device)
 
-    def add(self, start: int, rows_VH: torch.Tensor) -> None:
-        """Add the rows [start, start + V) of the head."""
+    def add(self, start: int, rows_VH: torch.Tensor, cap: float | None) -> None:
+        """Add the rows [start, start + V) of the head. `cap`: the model's soft cap of logits."""
         for first in range(0, len(self._states), _TOKEN_BLOCK):
             part = slice(first, first + _TOKEN_BLOCK)
             scores = torch.nn.functional.linear(self._states[part], rows_VH).float()
+            if cap is not None:
+                scores = torch.tanh(scores / cap) * cap
             self._total[part] = torch.logaddexp(self._total[part], scores.logsumexp(dim=-1))
             place = self._targets[part] - start
             inside = (place >= 0) & (place < len(rows_VH))

@@ -153,10 +153,12 @@ class Combine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """Rows of the router of `layer`: one per expert, or with `shared` the one row of the shared experts' gate."""
+    """Rows of the router of `layer`: one per expert, or with `shared` the one row of the shared experts' gate. They are
+    multiplied by `factor`; None: by 1."""
 
     layer: int
     shared: bool = False
+    factor: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

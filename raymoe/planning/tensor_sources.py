@@ -66,9 +66,10 @@ def base_tensors(
     """Embeddings, norms, attention, head: the base's, except those that are `merged`, by their names in the base."""
     heads = head_permutation(spec, architecture)
     for matrix in _matrices(facts, spec, dtype, ffn=False, instead=merged):
-        output = architecture.backbone[matrix.role].format(layer=matrix.layer)
         what = _permute_heads(matrix.what, heads) if heads and matrix.role in ROTARY_ROLES else matrix.what
-        yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner=BASE, what=what)
+        for template in (architecture.backbone[matrix.role], *architecture.copies.get(matrix.role, ())):
+            output = template.format(layer=matrix.layer)
+            yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner=BASE, what=what)
 
 
 def head_permutation(spec: DenseSpec, architecture: MoeArchitecture) -> HeadPermutation | None:
@@ -241,11 +242,10 @@ def computed_tensors(
     spec: DenseSpec, moe: MoeShape, architecture: MoeArchitecture, dtype: str
 ) -> Iterator[OutputTensor]:
     """Routers, gates of shared experts, and tensors that the MoE architecture requires and the dense model lacks."""
-    constant_rows = architecture.constants(spec, moe)
+    constant_rows, factor = architecture.constants(spec, moe), architecture.router_factor(spec.hidden)
     for layer in range(spec.layers):
-        yield _computed_tensor(
-            architecture.router.format(layer=layer), (moe.experts, spec.hidden), dtype, Router(layer=layer)
-        )
+        router = Router(layer=layer, factor=None if factor == 1.0 else factor)
+        yield _computed_tensor(architecture.router.format(layer=layer), (moe.experts, spec.hidden), dtype, router)
         if moe.shared and architecture.shared_router:
             name = architecture.shared_router.format(layer=layer)
             yield _computed_tensor(name, (1, spec.hidden), dtype, Router(layer=layer, shared=True))

@@ -16,6 +16,7 @@ from raymoe.architectures import MoeArchitecture, find_moe_architecture
 from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
 from raymoe.checkpoints.merge_record import MergeRecord, read_record, unreadable_record
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
+from raymoe.checkpoints.weight_table import is_mixture
 from raymoe.console import print_json, print_line
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import human_bytes, human_count
@@ -38,7 +39,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     index = index_model_weights(folder)
     text = unwrap(folder.label, whole, index)
     config = text.config if text else whole
-    architecture = find_moe_architecture(config)
+    architecture = find_moe_architecture(config) if is_mixture(config) else None
     bytes_by_dtype: Counter[str] = Counter()
     for entry in index.tensors.values():
         bytes_by_dtype[entry.dtype] += entry.nbytes
@@ -137,7 +138,7 @@ def _router_summary(architecture: MoeArchitecture, index: CheckpointIndex, stora
     norms, cosines = [], []
     with SourceReader(HubOptions(), storage) as reader:
         for entry in entries:
-            rows = load_array(reader, entry).astype(np.float64)
+            rows = load_array(reader, entry).astype(np.float64) / architecture.router_factor(entry.shape[1])
             lengths = np.linalg.norm(rows, axis=1)
             units = rows / np.maximum(lengths, 1e-12)[:, None]
             norms.append(lengths.mean())

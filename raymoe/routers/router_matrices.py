@@ -71,9 +71,10 @@ def router_rows(gates: GatePlan, rows: RouterRows, what: Router) -> npt.NDArray[
     would take 210 MB.
     """
     owners = [ALL_SHARED] if what.shared else [member.owner for member in gates.experts]
-    return np.stack(
+    router = np.stack(
         [rows[owner][what.layer] if owner in rows else _drawn_rows(gates, owner, 1, what.layer)[0] for owner in owners]
     )
+    return router if what.factor is None else router * np.float32(what.factor)
 
 
 def router_bytes(gates: GatePlan, rows: RouterRows) -> RouterBytes:

@@ -264,6 +264,12 @@ class StreamedDecoder:
         self._reader.release()
         return module
 
+    @property
+    def logit_cap(self) -> float | None:
+        """Logits are capped smoothly, to less than this number; None: not at all."""
+        cap: float | None = getattr(self._config, "final_logit_softcapping", None)
+        return cap
+
     def head_blocks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The head, `rows` tokens of the vocabulary at a time: (first token, rows_VH). If tied, it is the embedding.
 
@@ -331,6 +337,8 @@ class StreamedDecoder:
         rows = embedding_rows(self._reader, ref, batch.ids.flatten().tolist())
         hidden = torch.from_numpy(np.stack([rows[token] for token in batch.ids.flatten().tolist()]))
         hidden = hidden.reshape(*batch.ids.shape, -1).to(self._device, self._dtype)
+        if self._family.scales_embeddings:
+            return hidden * torch.tensor(hidden.shape[-1] ** 0.5).to(hidden)
         return hidden * getattr(self._config, "embedding_multiplier", 1.0)
 
     def run_layer(self, layer: int, hidden_BTH: torch.Tensor) -> torch.Tensor:
@@ -342,7 +350,7 @@ class StreamedDecoder:
             hidden_BTH,
             attention_mask=self._mask(layer, tokens),
             position_ids=positions,
-            position_embeddings=rotary and rotary(hidden_BTH, positions),
+            position_embeddings=rotary and rotary(hidden_BTH, positions, *self._rope_kind(layer)),
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
         return result
@@ -362,6 +370,10 @@ class StreamedDecoder:
             config.rope_parameters = {**config.rope_parameters, "rope_theta": thetas[layer]}
         rotary: torch.nn.Module = type(self._model.rotary_emb)(config=config).to(self._device)
         return rotary
+
+    def _rope_kind(self, layer: int) -> tuple[str, ...]:
+        """The kind of the layer, for a rotary embedding that has settings for each kind."""
+        return (self._config.layer_types[layer],) if self._family.rope_kinds else ()
 
     def _mask(self, layer: int, tokens: int) -> torch.Tensor | None:
         """Which tokens each one attends to, (1, 1, tokens, tokens); None is plain causal attention, for which SDPA

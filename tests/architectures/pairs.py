@@ -13,7 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES, DenseFamily
+from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES, DenseFamily, find_moe_architecture
 from tests.architectures.deepseek_reference import load_deepseek
 from tests.pico import MODES, load_dense, merge_config
 
@@ -133,6 +133,7 @@ PAIRS = (
     Pair("lfm2", "lfm2_moe"),
     Pair("qwen3_5_text", "qwen3_5_moe"),
     Pair("qwen3_5_text", "qwen3_5_moe", shared=True),
+    Pair("gemma4_text", "gemma4_moe"),
     Pair("youtu", "deepseek_v3"),
     Pair("youtu", "deepseek_v3", shared=True),
     Pair("seed_oss", "glm4_moe"),
@@ -202,9 +203,12 @@ def load_grafted(
 
 
 def moe_blocks(merged: Any) -> list[Any]:
-    """The MoE block of each layer (transformers 4 gives Mixtral's another name)."""
+    """The MoE block of each layer (transformers 4 gives Mixtral's another name). Gemma 4's layers are their own."""
     names = ("block_sparse_moe", "feed_forward", "mlp")
-    blocks = [next(getattr(layer, name) for name in names if hasattr(layer, name)) for layer in merged.model.layers]
+    blocks = [
+        layer if hasattr(layer, "router") else next(getattr(layer, name) for name in names if hasattr(layer, name))
+        for layer in merged.model.layers
+    ]
     assert all(router_of(block).shape[0] > 1 for block in blocks)
     return blocks
 
@@ -218,7 +222,8 @@ def router_of(block: Any) -> torch.Tensor:
 
 def router_module(block: Any) -> Any:
     """The module of a MoE block that is given what its router sees."""
-    return getattr(block, "gate", None) or block.router
+    router = getattr(block, "gate", None) or block.router
+    return getattr(router, "proj", router)
 
 
 @torch.inference_mode()
@@ -229,6 +234,8 @@ def force_router(merged: Any, reference: Any, ids: torch.Tensor, expert: int) ->
     FFNs of `reference`, the model that is to come out, see. There must be fewer tokens than dimensions.
     """
     seen: list[torch.Tensor] = []
+    host = find_moe_architecture({"model_type": merged.config.model_type})
+    factor = host.router_factor(merged.config.hidden_size) if host else 1.0
     ffn = FAMILIES[reference.config.model_type].ffn
     hooks = [
         getattr(layer, ffn).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
@@ -241,5 +248,6 @@ def force_router(merged: Any, reference: Any, ids: torch.Tensor, expert: int) ->
         assert states_NH.shape[0] < states_NH.shape[1]
         row = 50.0 * torch.linalg.pinv(states_NH.double()).sum(dim=1).float()
         router = router_of(block)
+        row = row * factor
         router.copy_(-row.expand_as(router))
         router[expert] = row

@@ -51,7 +51,8 @@ def expected_backbone(pair: Pair, plan: MergePlan, merged: Tensors) -> Tensors:
             tensor = merged[name][first:last]
             if heads is not None and role in ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias"):
                 tensor = permute_heads(tensor, heads.head_dim, heads.to_half_split)
-            expected[host.backbone[role].format(layer=layer)] = tensor
+            for output in (host.backbone[role], *host.copies.get(role, ())):
+                expected[output.format(layer=layer)] = tensor
     return expected
 
 

@@ -113,6 +113,15 @@ def test_tensors_have_the_names_of_the_hub_layout(merged: Merged) -> None:
             "mlp.experts.2.up_proj.weight",
             "self_attn.q_a_proj.weight",
         },
+        "gemma4_moe": {
+            "experts.gate_up_proj",
+            "experts.down_proj",
+            "router.proj.weight",
+            "router.per_expert_scale",
+            "router.scale",
+            "pre_feedforward_layernorm_2.weight",
+            "layer_scalar",
+        },
         "lfm2_moe": {"feed_forward.gate.weight", "feed_forward.experts.2.w1.weight", "conv.conv.weight"},
     }[merged.pair.host]
     if merged.pair.shared and merged.pair.host in ("deepseek", "ernie4_5_moe", "cohere2_moe"):

@@ -19,13 +19,14 @@ from tests.wrapped import load_wrapped, save_wrapped
 
 pytestmark = pytest.mark.engines
 
-WRAPPERS = ("qwen3_5",)
+# Wrapper -> how the names of the mixture's classes begin, and the family of its text.
+WRAPPERS = {"qwen3_5": ("Qwen3_5MoeFor", "qwen3_5_text"), "gemma4": ("Gemma4For", "gemma4_text")}
 PROCESSOR = {"preprocessor_config.json": {"patch_size": 8}, "processor_config.json": {"processor_class": "P"}}
 
 
-@pytest.fixture(params=WRAPPERS)
+@pytest.fixture(params=list(WRAPPERS))
 def wrapped(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """As published: with processor files and layers of multi-token prediction."""
+    """As published: with processor files and, in Qwen3.5, layers of multi-token prediction."""
     if request.param not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {request.param}")
     folder = save_wrapped(tmp_path / "wrapped", request.param, **IMAGE_TOKENS)
@@ -34,7 +35,8 @@ def wrapped(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     for name, content in PROCESSOR.items():
         (folder / name).write_text(json.dumps(content))
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "mtp.norm.weight": torch.arange(64.0)}, folder / "model.safetensors", {"format": "pt"})
+    if request.param == "qwen3_5":
+        save_file({**tensors, "mtp.norm.weight": torch.arange(64.0)}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -46,8 +48,19 @@ IMAGE_TOKENS = {
 }
 
 
+def model_type_of(folder: Path) -> str:
+    model_type: str = json.loads((folder / "config.json").read_text())["model_type"]
+    return model_type
+
+
+def class_of(folder: Path) -> str:
+    return WRAPPERS[model_type_of(folder)][0]
+
+
 def image_logits(model: Any) -> torch.Tensor:
     """Logits of a text with an image in it."""
+    if model.config.model_type == "gemma4":
+        return _gemma4_image_logits(model)
     vision = model.config.vision_config
     height = width = 4 * vision.spatial_merge_size
     patches = height * width
@@ -65,11 +78,27 @@ def image_logits(model: Any) -> torch.Tensor:
     return logits
 
 
+def _gemma4_image_logits(model: Any) -> torch.Tensor:
+    vision = model.config.vision_config
+    side = 2 * vision.pooling_kernel_size
+    pixels = torch.rand(1, side**2, 3 * vision.patch_size**2, generator=torch.Generator().manual_seed(3))
+    places = torch.tensor([[[x, y] for y in range(side) for x in range(side)]])
+    ids = torch.tensor([[5, 402, *[400] * 4, 403, 7, 9, 11]])
+    with torch.no_grad():
+        logits: torch.Tensor = model(
+            input_ids=ids,
+            pixel_values=pixels,
+            image_position_ids=places,
+            mm_token_type_ids=(ids == 400).long(),
+        ).logits
+    return logits
+
+
 def test_an_image_gives_what_the_base_gives(wrapped: Path, tmp_path: Path) -> None:
     plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
 
     dense, merged = load_wrapped(wrapped), load_wrapped(tmp_path / "merged")
-    assert type(merged).__name__ == plan.config["architectures"][0] == "Qwen3_5MoeForConditionalGeneration"
+    assert type(merged).__name__ == plan.config["architectures"][0] == f"{class_of(wrapped)}ConditionalGeneration"
     expected = image_logits(dense)
     assert expected.std() > 0.5
     assert (image_logits(merged) - expected).abs().max() < MAX_DIFFERENCE
@@ -83,9 +112,11 @@ def test_all_but_the_text_model_is_copied(wrapped: Path, tmp_path: Path) -> None
     plan = merge_without_ray(merge_config(wrapped, [wrapped] * 2), tmp_path / "merged")
 
     source, merged = tensors_of(wrapped), tensors_of(tmp_path / "merged")
-    rest = {name for name in source if name.startswith(("model.visual.", "mtp."))}
-    assert rest and all(torch.equal(merged[name], source[name]) for name in rest)
-    assert {name for name in merged if not name.startswith("model.language_model.")} == {*rest, "lm_head.weight"}
+    rest = {name for name in source if not name.startswith(("model.language_model.", "lm_head."))}
+    assert {name.split(".")[1] for name in rest} & {"visual", "vision_tower"}
+    assert all(torch.equal(merged[name], source[name]) for name in rest)
+    of_text = {name for name in merged if name.startswith(("model.language_model.", "lm_head."))}
+    assert merged.keys() - of_text == rest
     assert PROCESSOR.keys() <= {file.name for file in plan.side_files}
     assert not any("Left out" in warning for warning in plan.warnings)
 
@@ -93,14 +124,15 @@ def test_all_but_the_text_model_is_copied(wrapped: Path, tmp_path: Path) -> None
 def test_modality_text_leaves_it_out(wrapped: Path, tmp_path: Path) -> None:
     plan = merge_without_ray(merge_config(wrapped, [wrapped] * 2, modality="text"), tmp_path / "merged")
 
-    assert plan.config["architectures"] == ["Qwen3_5MoeForCausalLM"]
+    assert plan.config["architectures"] == [f"{class_of(wrapped)}CausalLM"]
     assert not PROCESSOR.keys() & {file.name for file in plan.side_files}
-    assert any("vision encoder" in warning and "multi-token" in warning for warning in plan.warnings)
+    parts = ["vision encoder", *(["multi-token"] if model_type_of(wrapped) == "qwen3_5" else [])]
+    assert any(all(part in warning for part in parts) for warning in plan.warnings)
 
 
 def test_the_text_part_is_the_mixture_of_modality_text(wrapped: Path, tmp_path: Path) -> None:
     """Byte for byte, with experts that differ."""
-    other = save_model(tmp_path / "other", "qwen3_5_text", seed=5)
+    other = save_model(tmp_path / "other", WRAPPERS[model_type_of(wrapped)][1], seed=5)
     config = merge_config(wrapped, [wrapped, other], backbone="linear")
     merge_without_ray(config, tmp_path / "merged")
     merge_without_ray({**config, "modality": "text"}, tmp_path / "text")

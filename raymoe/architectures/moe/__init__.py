@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from raymoe.architectures.moe.gemma import GEMMA_ARCHITECTURES
 from raymoe.architectures.moe.granite import GRANITE_ARCHITECTURES
 from raymoe.architectures.moe.llama_like import LLAMA_LIKE_ARCHITECTURES
 from raymoe.architectures.moe.same_family import SAME_FAMILY_ARCHITECTURES
@@ -25,6 +26,7 @@ MOE_ARCHITECTURES: Mapping[str, MoeArchitecture] = {
         *GRANITE_ARCHITECTURES,
         *SAME_FAMILY_ARCHITECTURES,
         *SIGMOID_ROUTED_ARCHITECTURES,
+        *GEMMA_ARCHITECTURES,
     )
 }
 

@@ -140,8 +140,8 @@ def _by_routing(spec: DenseSpec, rule: RoutingRule, unequal: str, *, sums_to_one
 
 
 def _feature_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterator[str]:
-    if spec.hidden_act != "silu":
-        yield f"activation {spec.hidden_act!r}: it has silu"
+    if spec.hidden_act != architecture.activation:
+        yield f"activation {spec.hidden_act!r}: it has {architecture.activation}"
     for model_has_it, has_it, where in (
         (spec.qkv_bias, architecture.has_qkv_bias, "q, k and v"),
         (spec.o_bias, architecture.has_o_bias, "attention's output"),

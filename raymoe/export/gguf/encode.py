@@ -47,7 +47,7 @@ class TensorEncoder:
     def bytes_of(self, tensor: GgufTensor) -> Iterator[memoryview]:
         """All bytes in order; a piece is valid until the next one. Raises ProblemReport for values that don't fit."""
         if not tensor.sources:
-            yield memoryview(np.array(tensor.values, dtype=np.float32).tobytes())
+            yield memoryview(np.resize(np.array(tensor.values, dtype=np.float32), tensor.shape).tobytes())
         for entry in tensor.sources:
             if entry.dtype.lower() == tensor.type.name and tensor.op == IDENTITY:
                 yield from self._chunks(entry)

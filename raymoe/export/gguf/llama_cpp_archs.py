@@ -18,6 +18,8 @@ of a token's experts, and in the factor of a shared expert:
     granitehybrid  the same with Mamba in the place of attention on some layers, RoPE on all others or on none
     qwen35moe   softmax, made to sum to one, plus a shared expert times the sigmoid of its gate; linear attention on
                 some layers, a gate on attention's output on the others
+    gemma4      softmax, made to sum to one, times a number for each expert; a dense FFN beside the experts, norms
+                after both, and heads and RoPE of their own on layers without a window
 
 So a merge does not always use the architecture of the same name. A Qwen2-MoE of raymoe with an empty shared expert is a
 `llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its shared expert,
@@ -37,6 +39,9 @@ from types import MappingProxyType
 from typing import Any
 
 from raymoe.architectures import DenseSpec
+from raymoe.architectures.moe.gemma import EXPERT_SCALE, norm_after_experts
+from raymoe.architectures.moe_architecture import EMPTY_SHARED_WIDTH
+from raymoe.architectures.tensor_tables import ATTENTION, SLIDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,12 @@ class LlamaCppArchitecture:
         reads_gating: Keys set the function of router scores, and that every layer has experts.
         counts_shared: A key says how many experts wide the shared expert is. Without it, a key says how wide it is.
         fuses_shared: The shared expert's gate and up matrices are one tensor.
+        activation: The activation of its FFN, by transformers' name.
+        heads_per_kind: Layers with a window and without have heads and RoPE of their own, which keys name.
+        number_keys: Keys with a whole number that is the same in all models that raymoe writes.
+        copies: Further names of tensors, by role, for what it has several times over.
+        constants: From a model and a number of experts to tensors of each layer whose numbers are all the same: their
+            names, shapes and numbers.
         tensor_names: Names of tensors, by role, that differ from those of most architectures (`tensor_map`).
     """
 
@@ -106,6 +117,11 @@ class LlamaCppArchitecture:
     reads_gating: bool = False
     counts_shared: bool = False
     fuses_shared: bool = False
+    activation: str = "silu"
+    heads_per_kind: bool = False
+    number_keys: Mapping[str, int] = field(default_factory=dict)
+    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    constants: Callable[[DenseSpec, int], Iterator[tuple[str, tuple[int, ...], float]]] = lambda spec, experts: iter(())
     tensor_names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -156,6 +172,25 @@ def _qwen35moe_reasons(spec: DenseSpec) -> Iterator[str]:
     keys, values = spec.extra["linear_key_head_dim"], spec.extra["linear_value_head_dim"]
     if keys != values:
         yield f"linear attention with keys of {keys} and values of {values}: it has both of one size"
+
+
+def _gemma4_reasons(spec: DenseSpec) -> Iterator[str]:
+    ropes = spec.extra["rope_parameters"]
+    kinds = {kind: ropes[kind].get("rope_type", "default") for kind in (SLIDING, ATTENTION)}
+    if kinds != {SLIDING: "default", ATTENTION: "proportional"}:
+        yield f"RoPE of types {', '.join(kinds.values())}: it has default with a window, proportional without"
+    if ropes[ATTENTION].get("factor", 1.0) != 1.0:
+        yield f"RoPE with factor {ropes[ATTENTION]['factor']!r}: it has none"
+
+
+def _gemma4_constants(spec: DenseSpec, experts: int) -> Iterator[tuple[str, tuple[int, ...], float]]:
+    """What cancels the norm after the experts, and a dense FFN of zeros: architectures/moe/gemma.py."""
+    shapes = {"gate": (EMPTY_SHARED_WIDTH, spec.hidden), "up": (EMPTY_SHARED_WIDTH, spec.hidden)}
+    for matrix, shape in {**shapes, "down": (spec.hidden, EMPTY_SHARED_WIDTH)}.items():
+        yield f"ffn_{matrix}.weight", shape, 0.0
+    yield "post_ffw_norm_1.weight", (spec.hidden,), 1.0
+    yield "post_ffw_norm_2.weight", (spec.hidden,), norm_after_experts(spec.rms_norm_eps)
+    yield "ffn_down_exps.scale", (experts,), EXPERT_SCALE
 
 
 # --- the table
@@ -291,6 +326,24 @@ ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
                 has_rope_sections=True,
                 tensor_names=_POST_NORM,
             ),
+            LlamaCppArchitecture(
+                name="gemma4",
+                families=("gemma4_text",),
+                activation="gelu_pytorch_tanh",
+                has_windows=True,
+                unsupported_reasons=_gemma4_reasons,
+                multipliers={"final_logit_softcapping": "final_logit_softcapping"},
+                heads_per_kind=True,
+                number_keys={"embedding_length_per_layer_input": 0, "attention.shared_kv_layers": 0},
+                copies={"norm.pre_ffn": ("pre_ffw_norm_2.weight", "ffn_gate_inp.scale")},
+                constants=_gemma4_constants,
+                tensor_names={
+                    "norm.post": "post_attention_norm.weight",
+                    "norm.pre_ffn": "ffn_norm.weight",
+                    "norm.post_ffn": "post_ffw_norm.weight",
+                    "norm.layer_scalar": "layer_output_scale.weight",
+                },
+            ),
             LlamaCppArchitecture(name="qwen2", dense=("qwen2",), has_head_dim=False, has_qkv_bias=True),
             LlamaCppArchitecture(name="qwen3", dense=("qwen3",)),
             LlamaCppArchitecture(
@@ -328,6 +381,7 @@ MIXTURES = (
     "hunyuan_v1_moe",
     "glm4_moe",
     "cohere2_moe",
+    "gemma4_text",
     "lfm2_moe",
     "deepseek_v3",
     "granitemoehybrid",

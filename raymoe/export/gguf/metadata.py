@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymoe.architectures import DenseSpec
-from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR
+from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR, SLIDING
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.export.gguf.choose_target import Target, rope_base
 from raymoe.export.gguf.llama_cpp_archs import LlamaCppArchitecture
@@ -48,9 +48,15 @@ def add_metadata(
         writer.add_feed_forward_length(spec.intermediate)
     else:
         _add_experts(writer, target.rule, target, {tensor.name: tensor for tensor in tensors})
-    _add_rope(writer, spec)
+    if target.architecture.heads_per_kind:
+        _add_ropes(writer, spec)
+    else:
+        _add_rope(writer, spec)
     for key, of_config in target.architecture.multipliers.items():
-        writer.add_float32(f"{target.architecture.name}.{key}", spec.extra[of_config])
+        # Without the key, llama.cpp takes a number of its own; 0 is that there is none.
+        writer.add_float32(f"{target.architecture.name}.{key}", spec.extra[of_config] or 0.0)
+    for key, number in target.architecture.number_keys.items():
+        writer.add_uint32(f"{target.architecture.name}.{key}", number)
     _add_layer_keys(writer, spec, target.architecture)
     _add_vocabulary(writer, vocabulary)
 
@@ -86,12 +92,7 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
     if spec.family.has_latent_attention:
         _add_latent(writer, spec)
     else:
-        # A layer without heads is one with a short convolution, or with Mamba.
-        kv_heads = [spec.kv_heads if kind == ATTENTION else 0 for kind in spec.kinds]
-        by_layer = kv_heads and not architecture.lists_recurrent_layers
-        writer.add_head_count_kv(kv_heads if by_layer else spec.kv_heads)
-        writer.add_key_length(spec.head_dim)
-        writer.add_value_length(spec.head_dim)
+        _add_heads(writer, spec, architecture)
     if architecture.has_layer_norm:
         writer.add_layer_norm_eps(spec.rms_norm_eps)
     else:
@@ -104,6 +105,20 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
         has_windows = any(spec.sliding_layers)
         writer.add_sliding_window(spec.sliding_window if has_windows else spec.max_positions)
         writer.add_sliding_window_pattern(spec.sliding_layers if has_windows else (True,) * spec.layers)
+
+
+def _add_heads(writer: Any, spec: DenseSpec, architecture: LlamaCppArchitecture) -> None:
+    """Heads of keys and values. A layer without them is one with a short convolution, or with Mamba."""
+    head_dim, by_kind = spec.head_dim, {ATTENTION: spec.kv_heads, SLIDING: spec.kv_heads}
+    if architecture.heads_per_kind:
+        head_dim, by_kind[ATTENTION] = spec.extra["global_head_dim"], spec.extra["num_global_key_value_heads"]
+        writer.add_key_length_swa(spec.head_dim)
+        writer.add_value_length_swa(spec.head_dim)
+    by_layer = [by_kind.get(kind, 0) for kind in spec.kinds]
+    is_listed = by_layer and not architecture.lists_recurrent_layers
+    writer.add_head_count_kv(by_layer if is_listed else spec.kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
 
 
 def _add_latent(writer: Any, spec: DenseSpec) -> None:
@@ -150,8 +165,10 @@ def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mappin
 
     architecture = target.architecture
     width = tensors["blk.0.ffn_up_exps.weight"].shape[1]
-    # If an architecture has both lengths, this one is for layers without experts, which merges do not have.
-    writer.add_feed_forward_length(width)
+    # If an architecture has both lengths, this one is for layers without experts, which merges do not have, or for the
+    # dense FFN beside the experts.
+    dense = tensors.get("blk.0.ffn_up.weight")
+    writer.add_feed_forward_length(width if dense is None else dense.shape[0])
     writer.add_expert_count(rule.experts)
     writer.add_expert_used_count(rule.per_token)
     if architecture.has_expert_width:
@@ -167,6 +184,15 @@ def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mappin
             writer.add_expert_shared_count(shared // width)
         else:
             writer.add_expert_shared_feed_forward_length(shared)
+
+
+def _add_ropes(writer: Any, spec: DenseSpec) -> None:
+    """RoPE of layers without a window, and of those with one. Which pairs the former rotates is in rope_freqs."""
+    ropes = spec.extra["rope_parameters"]
+    writer.add_rope_dimension_count(spec.extra["global_head_dim"])
+    writer.add_rope_dimension_count_swa(spec.head_dim)
+    writer.add_rope_freq_base(ropes[ATTENTION]["rope_theta"])
+    writer.add_rope_freq_base_swa(ropes[SLIDING]["rope_theta"])
 
 
 def _add_rope(writer: Any, spec: DenseSpec) -> None:

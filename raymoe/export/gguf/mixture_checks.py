@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import isclose
 from typing import Any
 
@@ -15,6 +15,7 @@ from raymoe.checkpoints.weight_table import CheckpointModel
 from raymoe.errors import Problem, ProblemReport
 from raymoe.export.gguf.choose_target import UNCHANGED_REMEDY
 from raymoe.sources.facts import ModelFacts, TensorEntry
+from raymoe.storage.transform import NUMPY_DTYPES
 from raymoe.tensor_names import HEAD
 
 ReadChunks = Callable[[TensorEntry], Iterator[memoryview]]
@@ -52,12 +53,12 @@ def check_mixture(facts: ModelFacts, model: CheckpointModel, chunks: ReadChunks)
     A bias of zeros on router scores may be left out. Tensors, sizes and settings that raymoe does not write are
     refused. A setting that the config leaves out counts as the value that raymoe writes.
     """
-    used = {ref.entry.name for ref in model.weights.values()}
+    used, implied = {ref.entry.name for ref in model.weights.values()}, _implied_tensors(facts, model)
     left = []
     for name, entry in sorted(facts.index.tensors.items()):
         if name in used or name.endswith(model.spec.family.ignored) or (name == HEAD and model.spec.tied):
             continue
-        if not name.endswith(_SCORE_BIAS) or not is_zero(entry, chunks):
+        if not _is_implied(name, entry, implied, facts, chunks):
             left.append(name)
     found = [f"{len(left)} tensor(s) can't be written to the file: {', '.join(left[:4])}"] if left else []
     for name, expected in _shapes(model):
@@ -71,6 +72,34 @@ def check_mixture(facts: ModelFacts, model: CheckpointModel, chunks: ReadChunks)
         raise ProblemReport(
             [Problem(where=facts.label, what=what, remedy=UNCHANGED_REMEDY) for what in found[:_MAX_SHOWN]]
         )
+
+
+def _implied_tensors(facts: ModelFacts, model: CheckpointModel) -> dict[str, float | str]:
+    """Tensors that follow from others or from the config, by name: all their numbers, or the tensor with the same."""
+    rule, architecture = model.rule, find_moe_architecture(facts.config)
+    assert rule is not None and architecture is not None
+    rows = architecture.constants(model.spec, MoeShape(experts=rule.experts, experts_per_token=rule.per_token))
+    found: dict[str, float | str] = {}
+    for layer in range(model.spec.layers):
+        for role, names in architecture.copies.items():
+            found |= {name.format(layer=layer): architecture.backbone[role].format(layer=layer) for name in names}
+        found |= {row.name.format(layer=layer): row.value for row in rows}
+    return found
+
+
+def _is_implied(
+    name: str, entry: TensorEntry, implied: Mapping[str, float | str], facts: ModelFacts, chunks: ReadChunks
+) -> bool:
+    """Whether a tensor holds what raymoe writes there."""
+    if name.endswith(_SCORE_BIAS):
+        return is_zero(entry, chunks)
+    expected = implied.get(name)
+    if expected is None or entry.dtype not in NUMPY_DTYPES:
+        return False
+    if isinstance(expected, str):
+        return b"".join(chunks(entry)) == b"".join(chunks(facts.index.tensors[expected]))
+    value = np.array(expected, dtype=NUMPY_DTYPES[entry.dtype])
+    return all((np.frombuffer(chunk, dtype=value.dtype) == value).all() for chunk in chunks(entry))
 
 
 def _expected_settings(facts: ModelFacts, model: CheckpointModel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.architectures import DenseSpec
+from raymoe.architectures.tensor_tables import ATTENTION
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.export.gguf.choose_target import Target
 from raymoe.export.gguf.options import TYPES, TensorType
@@ -31,7 +32,7 @@ _ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", ".shortconv.c
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTensor:
-    """The tensor is the concatenation of `sources`, each with `op`; or `values` if there are no sources."""
+    """The tensor is the concatenation of `sources`, each with `op`; or `values`, repeated, if there are no sources."""
 
     name: str
     shape: tuple[int, ...]
@@ -107,12 +108,25 @@ def _moe_mappings(
 def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
     """Tensors with values that follow from the config."""
     factors = rope_factors(spec) if target.architecture.has_rope_factors else None
+    if target.architecture.heads_per_kind:
+        factors = _factors_of_windowless_layers(spec)
     if factors is not None:
         yield _constant_tensor("rope_freqs.weight", factors.tolist())
     if target.architecture.score_function == "sigmoid" and target.rule is not None:
         # The bias on the scores that choose experts; in a merge it is zero (`mixture_checks.check_mixture`).
         for layer in range(spec.layers):
             yield _constant_tensor(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
+    if target.rule is not None:
+        for layer in range(spec.layers):
+            for name, shape, value in target.architecture.constants(spec, target.rule.experts):
+                yield GgufTensor(name=f"blk.{layer}.{name}", shape=shape, type=TYPES["f32"], values=(value,))
+
+
+def _factors_of_windowless_layers(spec: DenseSpec) -> Float32:
+    """Of proportional RoPE, which rotates a share of a head's pairs only: the others are divided to nothing."""
+    head_dim, rope = spec.extra["global_head_dim"], spec.extra["rope_parameters"][ATTENTION]
+    rotated = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
+    return np.array([1.0] * rotated + [1e30] * (head_dim // 2 - rotated), dtype=np.float32)
 
 
 def _constant_tensor(name: str, values: Sequence[float]) -> GgufTensor:

@@ -93,6 +93,8 @@ def map_tensor(
     else:
         shape = (source.shape[0], source.shape[-1]) if row.role == "conv.kernel" else source.shape
         yield TensorMapping(name, (source,), shape, _tensor_op(spec, target, row.role))
+        for copy in target.architecture.copies.get(row.role, ()):
+            yield TensorMapping(f"blk.{layer}.{copy}", (source,), source.shape)
 
 
 def _name(target: Target, role: str, layer: int | None) -> str:
