@@ -87,6 +87,19 @@ WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
             "audio_config": None,
         },
     ),
+    "gemma4_unified": (
+        "gemma4_text",
+        {
+            "vision_config": {
+                "patch_size": 4,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 16,
+                "output_proj_dims": 32,
+            },
+            "audio_config": None,
+        },
+    ),
     "qwen3_vl": (
         "qwen3",
         {"vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}},
@@ -203,6 +216,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 20_000.0, "mrope_section": [4, 2
 _TEXT_KEYS: Mapping[str, dict[str, Any]] = {
     "qwen2_vl": {"model_type": "qwen2_vl_text", "rope_parameters": _MROPE},
     "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE},
+    "gemma4_unified": {"model_type": "gemma4_unified_text", "final_logit_softcapping": 50.0},
     "qwen3_vl": {"model_type": "qwen3_vl_text", "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
 }
 

@@ -36,7 +36,7 @@ _PARTS: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("multi_modal_projector", "connector", "projector", "image_newline", "visual_embeddings_table"),
-            *("aligner", "vision_projection", "merger", "embed_vision", "embed_audio"),
+            *("aligner", "vision_projection", "merger", "embed_vision", "vision_embedder", "embed_audio"),
         ),
         "projector",
     ),
@@ -106,6 +106,7 @@ TEXT_TYPES: Mapping[str, str] = {
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "gemma4_unified_text": "gemma4_text",
 }
 
 # Sizes that transformers' classes assume: savers of transformers 4 left them out of `text_config`.
@@ -147,6 +148,16 @@ WRAPPERS: Mapping[str, Wrapper] = {
     for wrapper in (
         Wrapper(model_type="qwen3_5", title="Qwen3.5", text_type="qwen3_5_text", mixture="qwen3_5_moe"),
         Wrapper(model_type="gemma4", title="Gemma 4", text_type="gemma4_text", mixture="gemma4"),
+        Wrapper(
+            model_type="gemma4_unified",
+            title="Gemma 4 without encoders (12B)",
+            text_type="gemma4_unified_text",
+            text_defaults={
+                "max_position_embeddings": 262144,
+                "sliding_window": 1024,
+                "hidden_size_per_layer_input": 0,
+            },
+        ),
         Wrapper(model_type="qwen3_vl", title="Qwen3-VL", text_type="qwen3_vl_text"),
         Wrapper(
             model_type="qwen2_5_vl",
