@@ -199,10 +199,9 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         "architecture has such norms there",
     ),
     UnsupportedFamily(
-        title="Gemma 4 unified, and the drafting models of Gemma 4",
-        model_types=("gemma4_unified", "gemma4_unified_text", "gemma4_assistant", "gemma4_unified_assistant"),
-        reason="transformers has no mixture of its type, unlike that of Gemma 4; a drafting model also reads keys and "
-        "values of the model that it drafts for",
+        title="The drafting models of Gemma 4",
+        model_types=("gemma4_assistant", "gemma4_unified_assistant"),
+        reason="a drafting model reads keys and values of the model that it drafts for",
     ),
     UnsupportedFamily(
         title="Molmo 2",
