@@ -16,6 +16,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
@@ -346,11 +347,17 @@ class StreamedDecoder:
         tokens = hidden_BTH.shape[1]
         positions = torch.arange(tokens, device=self._device)[None]
         rotary = self._rotary(layer)
-        output = self._model.layers[layer](
+        module = self._model.layers[layer]
+        # Gemma 4's layers put keys and values into this, in transformers 5.24 also where no later layer reads them.
+        stores: dict[str, Any] = (
+            {"shared_kv_states": {}} if "shared_kv_states" in signature(module.forward).parameters else {}
+        )
+        output = module(
             hidden_BTH,
             attention_mask=self._mask(layer, tokens),
             position_ids=positions,
             position_embeddings=rotary and rotary(hidden_BTH, positions, *self._rope_kind(layer)),
+            **stores,
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
         return result
