@@ -19,7 +19,7 @@ from pathlib import Path
 from raymoe.architectures.families import FAMILIES
 from raymoe.architectures.original_context import MODEL_TYPE as MINISTRAL_3
 from raymoe.architectures.unsupported_families import unsupported_reason
-from raymoe.architectures.wrappers import WRAPPERS
+from raymoe.architectures.wrappers import TEXT_TYPES, WRAPPERS
 
 # What reads text and writes text, alone or beside images and sound.
 MAPPINGS = (
@@ -75,7 +75,9 @@ def _pairs(value: ast.expr) -> dict[str, str]:
 
 def what_raymoe_says(model_type: str) -> str:
     """`merged` or the reason of a refusal; empty for a type that no table knows."""
-    return "merged" if model_type in {*FAMILIES, *WRAPPERS, MINISTRAL_3} else unsupported_reason(model_type)
+    return (
+        "merged" if model_type in {*FAMILIES, *WRAPPERS, *TEXT_TYPES, MINISTRAL_3} else unsupported_reason(model_type)
+    )
 
 
 if __name__ == "__main__":

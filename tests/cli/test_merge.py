@@ -180,16 +180,11 @@ def test_a_laptop_without_a_cluster(config: Callable[..., Path], tmp_path: Path)
     said = done.stderr.splitlines()
     assert said[0].startswith("Mixtral, 3 experts: ") and said[0].endswith(f"to {tmp_path / 'out'}")
     assert said[1] == "starting Ray on this machine"
-    end = [
-        line.split(":")[0] for line in said[said.index("Backbone: the base's attention, norms and embeddings.") - 1 :]
-    ]
-    assert (end[0], end[1], end[-2], end[-1], *set(end[2:-2])) == (
-        "done",
-        "Backbone",
-        "peak memory",
-        "next",
-        "not used",
-    )
+    end = said[said.index("Backbone: the base's attention, norms and embeddings.") - 1 :]
+    commands = [line.strip() for line in end[end.index("next:") + 1 :]]
+    heads = [line.split(":")[0] for line in end[: end.index("next:")]]
+    assert (heads[0], heads[1], heads[-1], *set(heads[2:-1])) == ("done", "Backbone", "peak memory", "not used")
+    assert commands and all(command.startswith(f"raymoe {command.split()[1]} {tmp_path}") for command in commands)
 
 
 def test_version(cli: Callable[..., Any]) -> None:
