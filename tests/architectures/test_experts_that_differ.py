@@ -70,7 +70,7 @@ def test_what_an_expert_has_and_a_merge_has_not(zoo: Callable[..., Path]) -> Non
 def test_what_is_wrong_with_a_type_is_said_once(zoo: Callable[..., Path], tmp_path: Path) -> None:
     gemma = copy_model(zoo("llama"), tmp_path / "gemma", config={"model_type": "gemma2"})
     text = plan_problems(merge_config(gemma, [gemma] * 3, mode="random"))
-    assert text.count("its norms multiply by one plus") == 1
+    assert text.count("also normalizes the values of attention") == 1
 
 
 def test_biases_of_ffns_are_told_as_such(zoo: Callable[..., Path]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import raymoe
+from raymoe import workflows
 from tests.pico import merge_config
 from tests.publish.hub import WritableHub
 
@@ -39,3 +40,22 @@ def test_a_result_file_tells_of_a_refusal(arguments: dict[str, Any], tmp_path: P
     assert json.loads(Path(report).read_text())["exit_reason"] == "refused"
     with pytest.raises(TypeError, match="result or report"):
         raymoe.merge(**arguments, result=report, report=object())
+
+
+def test_a_merge_that_another_one_replaced_is_not_pushed(
+    hub: WritableHub, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of the merge and its push, another merge is written to the same folder."""
+    real = workflows.run_merge
+
+    def then_replaced(*given: Any, **options: Any) -> Any:
+        result = real(*given, **options)
+        raymoe.merge(**arguments | {"random_seed": 5}, overwrite=True)
+        return result
+
+    monkeypatch.setattr(workflows, "run_merge", then_replaced)
+
+    with pytest.raises(raymoe.PushFailed, match="another merge has replaced this one"):
+        raymoe.merge(**arguments, push_to_hub="org/name")
+
+    assert [name for name in hub.files("org/name") if name.endswith(".safetensors")] == []
