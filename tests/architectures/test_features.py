@@ -256,8 +256,8 @@ def test_the_feature_makes_a_difference(name: str, zoo: Callable[..., Path], tmp
     assert (logits_of(load_dense(plain), ids) - logits_of(load_dense(dense), ids)).abs().max() > 1e-3
 
 
-# Phi-3 has LongRoPE only, Gemma 4 one RoPE per kind of layer, and DeepSeek-MoE's code refuses two of these; see HELD and
-# test_refusals.py.
+# Phi-3 has LongRoPE only, Gemma 4 one RoPE per kind of layer, and DeepSeek-MoE's code refuses two of these; see HELD
+# and test_refusals.py.
 SCALED = [
     (pair, scaling)
     for pair in PAIRS
