@@ -107,7 +107,7 @@ test-transformers-4: $(OLDER)/.ready
 	$(OLDER)/bin/python -m pytest tests/architectures/test_same_experts.py
 
 test-transformers-5.24: $(NEWER)/.ready
-	$(NEWER)/bin/python scripts/list_model_types.py
+	PYTHONPATH=. $(NEWER)/bin/python scripts/list_model_types.py
 	$(NEWER)/bin/python -m pytest tests/architectures/test_same_experts.py tests/architectures/test_wrapped_models.py \
 		tests/architectures/test_image_text_merges.py -k "not same_experts or random"
 
