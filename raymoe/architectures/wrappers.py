@@ -253,7 +253,7 @@ MIXTURE_WRAPPERS: Mapping[str, Wrapper] = {
 def find_wrapper(config: Mapping[str, Any]) -> Wrapper | None:
     """The wrapper that a config.json describes; None for a text model and for types that raymoe does not know."""
     model_type = config.get("model_type")
-    return {**MIXTURE_WRAPPERS, **WRAPPERS}.get(model_type) if isinstance(model_type, str) else None
+    return WRAPPERS.get(model_type) or MIXTURE_WRAPPERS.get(model_type) if isinstance(model_type, str) else None
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

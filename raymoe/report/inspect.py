@@ -38,7 +38,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     whole = read_object(folder, "config.json", "there is no config.json here", "name the folder of a checkpoint")
     index = index_model_weights(folder)
     text = unwrap(folder.label, whole, index)
-    config = text.config if text else whole
+    config = text.config
     architecture = find_moe_architecture(config) if is_mixture(config) else None
     bytes_by_dtype: Counter[str] = Counter()
     for entry in index.tensors.values():
@@ -56,7 +56,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
         "shards": [{"file": file.name, "bytes": file.size} for file in index.files],
     }
     if architecture is not None:
-        summary |= _moe_summary(architecture, config, text.index if text else index, summary["parameters"], storage)
+        summary |= _moe_summary(architecture, config, text.index, summary["parameters"], storage)
     if folder.find(RECORD_NAME) is not None:
         summary["merge"] = _record_summary(read_record(folder))
     return summary

@@ -33,7 +33,7 @@ from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, w
 from raymoe.sources.lora import adapter_facts
 from raymoe.sources.output_head import has_own_head
 from raymoe.sources.quantization_check import leftover_warning, quantization_problems
-from raymoe.sources.unwrap import unwrap
+from raymoe.sources.unwrap import Unwrapped, unwrap
 from raymoe.sources.weight_index import index_adapter_weights, index_model_weights
 from raymoe.tensor_names import EMBEDDING, HEAD
 from raymoe.untrusted_files import check_size
@@ -203,19 +203,18 @@ def _open(
     warnings = [folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None]
     if not is_adapter:
         warnings.append(leftover_warning(folder.label, config, index))
-    text = None if is_adapter else unwrap(folder.label, config, index)
-    own_config, own_index = (text.config, text.index) if text else (config, index)
-    warnings.append(None if is_adapter else context_warning(folder.label, own_config))
+    own = Unwrapped(config=config, index=index) if is_adapter else unwrap(folder.label, config, index)
+    warnings.append(None if is_adapter else context_warning(folder.label, own.config))
     return OpenedFolder(
         folder=folder,
-        config=_effective_config(within_original_context(own_config)),
-        index=own_index,
+        config=_effective_config(within_original_context(own.config)),
+        index=own.index,
         side_files=side,
         python_files=python,
         warnings=tuple(warning for warning in warnings if warning),
-        own_head=not is_adapter and with_head and has_own_head(folder, own_config, own_index),
-        wrapper_config=text.wrapper_config if text else {},
-        rest=text.rest if text else {},
+        own_head=not is_adapter and with_head and has_own_head(folder, own.config, own.index),
+        wrapper_config=own.wrapper_config,
+        rest=own.rest,
     )
 
 

@@ -10,7 +10,7 @@ architectures/wrappers.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raymoe.architectures.wrappers import find_wrapper, part_of, text_config
@@ -22,26 +22,26 @@ from raymoe.tensor_names import HEAD
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unwrapped:
-    """The text part of a wrapper's checkpoint.
+    """The text model of a checkpoint.
 
-    `config` and `index` are those of a text model, `rest` are all other tensors by their names in the checkpoint, and
-    `wrapper_config` is its config.json.
+    `config` and `index` are those of a text model. Of a wrapper's checkpoint, `wrapper_config` is its config.json, and
+    `rest` are all other tensors by their names there; both are empty for a text model.
     """
 
-    wrapper_config: Mapping[str, Any]
     config: Mapping[str, Any]
     index: CheckpointIndex
-    rest: Mapping[str, TensorEntry]
+    wrapper_config: Mapping[str, Any] = field(default_factory=dict)
+    rest: Mapping[str, TensorEntry] = field(default_factory=dict)
 
 
-def unwrap(label: str, config: Mapping[str, Any], index: CheckpointIndex) -> Unwrapped | None:
-    """The text part of a checkpoint; None if its config.json describes no wrapper.
+def unwrap(label: str, config: Mapping[str, Any], index: CheckpointIndex) -> Unwrapped:
+    """The text model of a checkpoint: its text part if its config.json describes a wrapper, otherwise all of it.
 
     Raises CheckpointError if the checkpoint holds no text part, or holds a tensor of it twice.
     """
     wrapper = find_wrapper(config)
     if wrapper is None:
-        return None
+        return Unwrapped(config=config, index=index)
     text: dict[str, TensorEntry] = {}
     rest: dict[str, TensorEntry] = {}
     twice: list[str] = []

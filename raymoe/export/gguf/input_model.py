@@ -184,8 +184,8 @@ def _planned_facts(plan: MergePlan, config: Path, warnings: Sequence[str]) -> Mo
     return ModelFacts(
         label=label,
         revision=None,
-        config=text.config if text else plan.config,
-        index=text.index if text else index,
+        config=text.config,
+        index=text.index,
         side_files=plan.gates.tokenizer_files,
         warnings=(*warnings, *plan.warnings),
     )
