@@ -15,6 +15,7 @@ from raymoe.errors import MergeFailed
 from raymoe.submit import submit
 from raymoe.submit.job_server import job_server
 from raymoe.submit.job_spec import Job
+from tests.http_server import HttpServer
 
 pytestmark = pytest.mark.processes
 
@@ -61,7 +62,7 @@ class _JobServer(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def job_server_that_is(*, busy: int, takes_silently: bool = False) -> Iterator[Any]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _JobServer) as server:
+    with HttpServer(("127.0.0.1", 0), _JobServer) as server:
         vars(server).update(busy=busy, takes_silently=takes_silently, posts=0, jobs=[])
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from tests.http_server import HttpServer
 from tests.object_store.fault_proxy import KINDS, Fault, FaultProxy, FaultRates, decide, operation_of
 
 pytestmark = pytest.mark.s3
@@ -135,7 +136,7 @@ def until_closed(connection: socket.socket) -> bytes:
         received += piece
 
 
-class Witness(ThreadingHTTPServer):
+class Witness(HttpServer):
     """A server that keeps connections alive and remembers what reached it."""
 
     daemon_threads = True

@@ -20,6 +20,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectStore
 from raymoe.object_store.registry import open_store
 from raymoe.object_store.urls import join_url
+from tests.http_server import HttpServer
 
 DATA = os.urandom(100_003)
 
@@ -97,7 +98,7 @@ def test_move_on_file_systems_that_can_do_less(kind: type[MemoryFileSystem]) -> 
 def test_reading_from_a_web_server(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(DATA)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with HttpServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/config.json"
         store = open_store(url, StorageOptions(deadline_s=10))
@@ -126,7 +127,7 @@ def test_a_host_that_is_not_reached_is_no_missing_file(
     if store.scheme == "http":
         (tmp_path / "config.json").write_bytes(b"{}")
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        with HttpServer(("127.0.0.1", 0), handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             there = f"http://127.0.0.1:{server.server_port}"
             assert [entry.name for entry in store.list(there)] == ["config.json"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.http_server import HttpServer
 from tests.pico import REPOSITORY
 
 pytestmark = pytest.mark.processes
@@ -28,7 +29,7 @@ class _Index(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def index() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Index) as server:
+    with HttpServer(("127.0.0.1", 0), _Index) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -19,10 +19,11 @@ import re
 import socket
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
+from tests.http_server import HttpServer
 
 __all__ = ["Handler", "HubRepo", "HubServer", "Request"]
 
@@ -66,7 +67,7 @@ class HubServer:
     requests: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        self._http = HttpServer(("127.0.0.1", 0), self.handler())
         self._http.hub = self  # type: ignore[attr-defined]
         self._connections: set[socket.socket] = set()
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)

@@ -27,6 +27,7 @@ from raymoe.object_store.errors import ObjectChanged
 from raymoe.object_store.object_file import ObjectFile
 from raymoe.object_store.registry import open_store
 from raymoe.sources.prompt_sampling import read_prompts, sample_prompts
+from tests.http_server import HttpServer
 
 TEXTS = [f"prompt {number} é\U0001f600" for number in range(1000)]
 
@@ -399,7 +400,7 @@ def served(folder: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+    with HttpServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
