@@ -23,6 +23,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
+
 from tests.http_server import HttpServer
 
 __all__ = ["Handler", "HubRepo", "HubServer", "Request"]
