@@ -107,6 +107,7 @@ class DenseFamily:
         has_rope_alpha: Its `dynamic` RoPE scaling may have `alpha`, which makes the base of RoPE larger from the first
             token on.
         norms_add_one: Its norms multiply by 1 + weight, except those of linear attention.
+        has_plain_layers: Its layers are those of routers/plain_layers.py, so that transformers need not be imported.
         scales_embeddings: Its embeddings are multiplied by the square root of their width, rounded to their dtype.
         limits: Reasons why no MoE architecture can represent a config, one text per reason.
         adjust: Config values that follow from others.
@@ -136,6 +137,7 @@ class DenseFamily:
     rope_is_interleaved: bool = False
     has_rope_alpha: bool = False
     norms_add_one: bool = False
+    has_plain_layers: bool = False
     scales_embeddings: bool = False
     limits: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}

@@ -1,6 +1,7 @@
 """A decoder that is never whole in memory: load one layer, run all texts through it, free it.
 
-The layers are transformers' own modules, made on the meta device, so every family computes what transformers computes.
+The layers are made on the meta device: those of plain_layers.py where a family has just these, else transformers' own
+modules.
 While a layer runs, the next ones are prefetched (see layer_loader.py): a few layers are in memory, whatever the model's
 size.
 
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +30,7 @@ from raymoe.planning.plan import HeadPermutation, WeightRef
 from raymoe.routers.attention_sinks import ATTENTION_WITH_SINKS, register_sink_attention
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_ref
 from raymoe.routers.lora_weights import apply_lora
+from raymoe.routers.plain_layers import PlainDecoder, RotaryEmbedding, plain_spec
 from raymoe.routers.quantize import quantize_layer
 from raymoe.routers.token_embeddings import embedding_rows
 from raymoe.routers.tokenize import Batch
@@ -92,6 +95,26 @@ def _decode_value(value: Any) -> Any:
     return value
 
 
+def _empty_model(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a model's config says beyond its layers (windows, multipliers, caps), and the model on the device `meta`.
+
+    Raises ProblemReport as `load_configuration` does.
+    """
+    spec = plain_spec(config)
+    if spec is not None:
+        facts = SimpleNamespace(**spec.extra, layer_types=spec.window_types, sliding_window=spec.sliding_window)
+        with torch.device("meta"):
+            return facts, PlainDecoder(spec)
+    from transformers import AutoModel
+
+    configuration, family = load_configuration(config), FAMILIES[config["model_type"]]
+    if family.has_sinks:
+        register_sink_attention()
+    configuration._attn_implementation = ATTENTION_WITH_SINKS if family.has_sinks else "sdpa"
+    with torch.device("meta"):
+        return configuration, AutoModel.from_config(configuration)
+
+
 def layer_weights(names: Iterable[str], layer: int) -> dict[str, str]:
     """The names of a layer's weights, with their names in its module."""
     prefix = f"model.layers.{layer}."
@@ -126,8 +149,6 @@ class StreamedDecoder:
         ffn: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None,
         head_permutation: HeadPermutation | None = None,
     ) -> None:
-        from transformers import AutoModel
-
         self._reader, self._weights = reader, model.weights
         self._models = (model, *others)
         adapters = [{name: ref.lora for name, ref in each.weights.items() if ref.lora} for each in self._models]
@@ -140,12 +161,7 @@ class StreamedDecoder:
         self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantize, self._ffn = torch.device(device), quantize, ffn
         self._head_permutation = head_permutation
-        self._config = load_configuration(model.config)
-        if self._family.has_sinks:
-            register_sink_attention()
-        self._config._attn_implementation = ATTENTION_WITH_SINKS if self._family.has_sinks else "sdpa"
-        with torch.device("meta"):
-            self._model: Any = AutoModel.from_config(self._config)
+        self._config, self._model = _empty_model(model.config)
         self._dtype = compute_dtype(self._weights[EMBEDDING].entry.dtype, self._device, exact=exact)
 
     @property
@@ -153,6 +169,8 @@ class StreamedDecoder:
         """Whether a token's state depends on the length of its padded sequence. Then each text must be its own
         batch."""
         rope = self._model.rotary_emb  # None in models without RoPE
+        if isinstance(rope, RotaryEmbedding):
+            return rope.depends_on_length
         return rope is not None and rope.rope_type in ("dynamic", "longrope")
 
     def layer_inputs(
@@ -367,8 +385,8 @@ class StreamedDecoder:
 
         Rebuilt for each batch, since dynamic RoPE remembers the longest sequence that it has seen.
         """
-        if self._model.rotary_emb is None:
-            return None
+        if self._model.rotary_emb is None or isinstance(self._model.rotary_emb, RotaryEmbedding):
+            return self._model.rotary_emb
         config = self._config
         if thetas := getattr(config, "layer_rope_theta", None):
             if not thetas[layer]:
