@@ -42,7 +42,7 @@ def plain_spec(config: Mapping[str, Any]) -> DenseSpec | None:
     return spec
 
 
-class PlainDecoder(torch.nn.Module):
+class PlainDecoder(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy here
     """Layers, RoPE and last norm of a model, without weights. Use it on the device `meta`."""
 
     def __init__(self, spec: DenseSpec) -> None:
@@ -52,7 +52,7 @@ class PlainDecoder(torch.nn.Module):
         self.rotary_emb = RotaryEmbedding(spec)
 
 
-class RotaryEmbedding(torch.nn.Module):
+class RotaryEmbedding(torch.nn.Module):  # type: ignore[misc]
     """Cosines and sines of positions."""
 
     def __init__(self, spec: DenseSpec) -> None:
@@ -74,7 +74,7 @@ class RotaryEmbedding(torch.nn.Module):
         return (angles.cos() * factor).to(hidden_BTH.dtype), (angles.sin() * factor).to(hidden_BTH.dtype)
 
 
-class DecoderLayer(torch.nn.Module):
+class DecoderLayer(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, spec: DenseSpec, layer: int) -> None:
         super().__init__()
         self.input_layernorm = torch.nn.RMSNorm(spec.hidden, eps=spec.rms_norm_eps)
@@ -100,7 +100,7 @@ class DecoderLayer(torch.nn.Module):
         return output_BTH if self._multiplier == 1.0 else output_BTH * self._multiplier
 
 
-class FeedForward(torch.nn.Module):
+class FeedForward(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, spec: DenseSpec) -> None:
         super().__init__()
         sizes = spec.hidden, spec.intermediate
@@ -114,7 +114,7 @@ class FeedForward(torch.nn.Module):
         return output
 
 
-class FusedFeedForward(torch.nn.Module):
+class FusedFeedForward(torch.nn.Module):  # type: ignore[misc]
     """The gate's and the up matrix's rows are one matrix."""
 
     def __init__(self, spec: DenseSpec) -> None:
@@ -129,7 +129,7 @@ class FusedFeedForward(torch.nn.Module):
         return output
 
 
-class Attention(torch.nn.Module):
+class Attention(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, spec: DenseSpec, layer: int) -> None:
         super().__init__()
         self._interleaved, self._rotated = spec.family.rope_is_interleaved, spec.rotary_dim

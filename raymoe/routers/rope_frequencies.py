@@ -1,7 +1,7 @@
 """Frequencies of rotary position embeddings (RoPE), for each kind of scaling.
 
-Pair i of a head's d rotated dimensions turns by `position * theta^(-2i/d)` (arXiv 2104.09864). A kind of scaling changes
-these frequencies, and some kinds multiply the result by a factor:
+Pair i of a head's d rotated dimensions turns by `position * theta^(-2i/d)` (arXiv 2104.09864). A kind of scaling
+changes these frequencies, and some kinds multiply the result by a factor:
 
     linear    all frequencies over a factor
     dynamic   a larger theta for texts that are longer than the model's (NTK scaling)

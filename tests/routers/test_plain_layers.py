@@ -135,9 +135,7 @@ def test_kinds_of_rope(name: str, zoo: Callable[..., Path], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("family", ["phi3", "ernie4_5", "smollm3"])
-def test_scaled_rope_of_other_families(
-    family: str, zoo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scaled_rope_of_other_families(family: str, zoo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     if family == "phi3":  # rotates a part of each head, and has the original length outside
         options: dict[str, Any] = {
             "rope_scaling": {"rope_type": "longrope", "short_factor": SOME[:4], "long_factor": OTHERS[:4]},
