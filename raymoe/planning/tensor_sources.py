@@ -319,7 +319,10 @@ def adapter_warnings(member: Member, where: str, used: Collection[str] = ()) -> 
             f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert contributes nothing "
             f"else: it is the same as {member.config.source_model.model} without it"
         ]
-    unused = unused_modules(member.facts, member.spec, used)
+    unused = [
+        *(name.rpartition(".")[0] for name in changed if not _is_of_ffn(name, member.spec) and name not in used),
+        *adapter.left_out,
+    ]
     if not unused:
         return []
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in unused))
@@ -328,16 +331,6 @@ def adapter_warnings(member: Member, where: str, used: Collection[str] = ()) -> 
         f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN "
         f"({short_list(names, 8)}). These changes are not in the merge: {given}"
     ]
-
-
-def unused_modules(facts: ModelFacts, spec: DenseSpec, used: Collection[str] = ()) -> list[str]:
-    """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head,
-    except tensors that are `used`."""
-    if facts.adapter is None:
-        return []
-    names = (*facts.adapter.pairs, *facts.adapter.replaced)
-    changed = (name for name in names if not _is_of_ffn(name, spec) and name not in used)
-    return [*(name.rpartition(".")[0] for name in changed), *facts.adapter.left_out]
 
 
 def _is_of_ffn(name: str, spec: DenseSpec) -> bool:

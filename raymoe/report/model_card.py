@@ -137,13 +137,6 @@ def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummar
         yield f"- {line[0].upper()}{line[1:]}"
     if plan.backbone.notes or plan.backbone.unused:
         yield ""
-    if unused := {source.owner: source.unused for source in plan.sources if source.unused}:
-        counts = ", ".join(f"{owner} ({len(modules)} modules)" for owner, modules in unused.items())
-        yield (
-            f"The adapters of {counts} also change modules other than the feed-forward ones, such as attention. These "
-            "changes are not in this model."
-        )
-        yield ""
 
 
 def _expert_row(name: str, expert: ExpertConfig, prompts: Sequence[str]) -> str:
