@@ -11,7 +11,7 @@ from types import MappingProxyType
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape
 from raymoe.config import ExpertConfig
 from raymoe.errors import Problem, first_few
-from raymoe.formatting import short_list
+from raymoe.formatting import plural, short_list
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, ROUTER, Owner, OwnerKind
 from raymoe.planning.plan import (
     Columns,
@@ -326,9 +326,10 @@ def adapter_warnings(member: Member, where: str, used: Collection[str] = ()) -> 
     if not unused:
         return []
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in unused))
+    count = f"{len(unused)} {plural('module', len(unused))}"
     given = "an expert contributes only its FFN" if not used else "they are not in what the backbone is made of"
     return [
-        f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN "
+        f"{where}: its adapter {adapter.label} also changes {count} outside the FFN "
         f"({short_list(names, 8)}). These changes are not in the merge: {given}"
     ]
 

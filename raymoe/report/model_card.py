@@ -233,7 +233,7 @@ def _loading_section(
         shared=len(config.shared_experts or ()),
     )
     if architecture.runs_in_llama_cpp(shape):
-        yield "For llama.cpp, if it can hold this model, with raymoe, from a folder that it was downloaded to:"
+        yield "For llama.cpp, if it can hold this model: download it, and convert its folder with raymoe:"
         yield "`raymoe gguf FOLDER model.gguf --type q8_0`"
         yield ""
 

@@ -92,7 +92,7 @@ def test_unsupported_changes_outside_the_ffn_are_left_out(
     adapter = adapter_with(tmp_path / "lora", base, ["up_proj"], more, **keys)
     plan = raymoe.plan(config_of(base, adapter, **options))
     (warning,) = adapter_warnings(plan)
-    assert f"also changes 1 modules outside the FFN ({module})" in warning
+    assert f"also changes 1 module outside the FFN ({module})" in warning
     assert unused_lines(plan.backbone) == ["not used: embeddings of expert 0 (changed by the adapter)"]
     same = raymoe.plan(config_of(base, save_lora(tmp_path / "ffn", base, ["up_proj"]), **options))
     assert [shard.header for shard in plan.shards] == [shard.header for shard in same.shards]
