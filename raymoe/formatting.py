@@ -23,6 +23,11 @@ def human_count(count: int) -> str:
     return str(count)
 
 
+def human_rate(per_second: float) -> str:
+    """0.0123 -> '0.012', 3.14 -> '3.1', 1234.5 -> '1,234': two digits, or whole numbers."""
+    return f"{per_second:.2g}" if per_second < 10 else f"{per_second:,.0f}"
+
+
 def human_time(seconds: float) -> str:
     """45 -> '45 s', 600 -> '10 min', 5400 -> '1 h 30 min'."""
     if seconds < 90:

@@ -158,12 +158,20 @@ class ProgressLine(LiveDisplay):
     Args:
         amount: A count of work as text, such as `human_bytes`.
         total: The work of all stages.
+        rate: The work of a second as text. Default: as `amount`.
         quiet: Show nothing.
     """
 
-    def __init__(self, amount: Callable[[float], str], *, total: int, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        amount: Callable[[float], str],
+        *,
+        total: int,
+        rate: Callable[[float], str] | None = None,
+        quiet: bool = False,
+    ) -> None:
         super().__init__(quiet=quiet)
-        self._amount, self._total, self._pace = amount, total, Pace()
+        self._amount, self._rate, self._total, self._pace = amount, rate, total, Pace()
         self._stage, self._before, self._work, self._done = "", 0, 0, 0
 
     def add(self, count: int) -> None:
@@ -190,6 +198,6 @@ class ProgressLine(LiveDisplay):
                 """The amount, without a unit of several words: the total has it."""
                 return self._amount(count).removesuffix(f" {unit}") if " " in unit else self._amount(count)
 
-            pace = self._pace.text(done, self._total - done, self.seconds, short)
+            pace = self._pace.text(done, self._total - done, self.seconds, self._rate or short)
             parts.append(f"{done / self._total:.0%} ({short(done)} of {total}{pace})")
         return " | ".join(parts)

@@ -25,13 +25,16 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--against",
+            metavar="NAMES",
             help="What to compare a merge with: base,experts,average,oracle,hidden, or none. Default: all. "
             "NAME=MODEL adds a model; can be repeated.",
         ),
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option("--label", help="LABEL=EXPERT for a label that is not an expert's name; can be repeated."),
+        typer.Option(
+            "--label", metavar="LABEL=EXPERT", help="For a label that is not an expert's name; can be repeated."
+        ),
     ] = None,
     limit: Annotated[
         int, typer.Option("--limit", help="Use only the first texts of each label, or examples of each task; 0: all.")

@@ -25,7 +25,7 @@ def plan(
     config: ConfigPath,
     output: Annotated[
         str | None,
-        typer.Argument(metavar="[OUT]", help="Output location: also shows the transfer method of each byte."),
+        typer.Argument(metavar="OUT", help="Output location: also shows the transfer method of each byte."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     *,

@@ -19,7 +19,7 @@ from raymoe.evaluation.finished_merge import EvaluatedMerge, open_merge, open_mi
 from raymoe.evaluation.options import GenerationOptions, generation_problems
 from raymoe.evaluation.routing_samples import token_pieces
 from raymoe.evaluation.token_routing import TokenRouting
-from raymoe.formatting import human_bytes
+from raymoe.formatting import human_bytes, human_rate
 from raymoe.progress_line import ProgressLine
 from raymoe.routers.tokenize import tokenize
 from raymoe.sources.resolve import fetch_side_files
@@ -90,8 +90,13 @@ class Generator:
 
     def answers(self, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The answers to prompts, computed lazily. Raises ProblemReport at once, with all problems of all prompts."""
-        checked = zip(prompts, self._tokens(prompts), strict=True)
-        return (self._answer(prompt, ids) for prompt, ids in checked)
+        checked = list(zip(prompts, self._tokens(prompts), strict=True))
+
+        def stage(number: int) -> str:
+            verb = "generating" if self._options.max_new_tokens else "reading"
+            return verb if len(checked) == 1 else f"{verb} (prompt {number} of {len(checked)})"
+
+        return (self._answer(prompt, ids, stage(number)) for number, (prompt, ids) in enumerate(checked, 1))
 
     def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """The prompts' tokens. Raises ProblemReport for prompts that can't be read or are too long."""
@@ -145,18 +150,14 @@ class Generator:
             "seed": self._options.seed,
         }
 
-    def _answer(self, prompt: str, ids: Sequence[int]) -> dict[str, Any]:
+    def _answer(self, prompt: str, ids: Sequence[int], stage: str) -> dict[str, Any]:
         """The answer to a prompt with these tokens, and the shares of the experts.
 
         Shares count all tokens that the merge has read, except BOS: the prompt, and the answer without its last token.
         """
         model, self._routing = self._model, TokenRouting(len(self._names))
-        layers = self._mixture.spec.layers
-        steps = max(1, self._options.max_new_tokens)
-        with ProgressLine(
-            lambda count: f"{count / layers:,.1f} tokens", total=steps * layers, quiet=self._options.quiet
-        ) as self._progress:
-            self._progress.stage("generating" if self._options.max_new_tokens else "reading", steps * layers)
+        with self._progress_line() as self._progress:
+            self._progress.stage(stage, self._layer_steps)
             new = model.generate(ids, self._options, self._end_tokens)
         skipped = 1 if ids[0] == self._tokenizer.bos_token_id else 0
         is_ended = bool(new) and new[-1] in self._end_tokens
@@ -171,6 +172,22 @@ class Generator:
             "weight": self._by_name(weight),
             **({"tokens": self._token_list([*ids, *new], skipped)} if self._options.per_token else {}),
         }
+
+    @property
+    def _layer_steps(self) -> int:
+        """The work of an answer of full length: one step per new token, or one that reads the prompt, in each layer."""
+        return max(1, self._options.max_new_tokens) * self._mixture.spec.layers
+
+    def _progress_line(self) -> ProgressLine:
+        """Counts layers, and shows whole tokens: one may take minutes if the weights do not fit in memory."""
+        layers, most = self._mixture.spec.layers, self._options.max_new_tokens
+        per_unit, unit = (layers, "new tokens") if most else (1, "layers of the model")
+        return ProgressLine(
+            lambda count: f"{int(count) // per_unit:,} {unit}",
+            rate=lambda count: human_rate(count / per_unit),
+            total=self._layer_steps,
+            quiet=self._options.quiet,
+        )
 
     @cached_property
     def _model(self) -> GenerationModel:

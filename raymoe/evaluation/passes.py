@@ -25,7 +25,8 @@ class Passes:
 
     def run(self, model: CheckpointModel, variants: Sequence[Variant]) -> Values:
         """Log-likelihoods of a model in several ways of routing."""
-        self._progress.stage(", ".join(each.name for each in variants), pass_work(model, self._ids, len(variants)))
+        names = ", ".join(each.name for each in variants)
+        self._progress.stage(f"texts read by {names}", pass_work(model, self._ids, len(variants)))
         return log_likelihoods(model, self._ids, variants, self._reader, self._device, work_done=self._progress.add)
 
     def run_all(self, models: Mapping[str, CheckpointModel]) -> Values:

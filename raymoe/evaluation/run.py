@@ -138,14 +138,14 @@ class _Computation:
         from raymoe.evaluation.scoring import Variant
         from raymoe.routers.in_process import compute_routers_locally
 
-        self._progress.stage("gates of mode hidden", reading_work(gates, hub=self._hub))
+        self._progress.stage("routers of gate mode hidden", reading_work(gates, hub=self._hub))
         rows, _ = compute_routers_locally(
             gates,
             self._reader,
             device=self._device,
             trust_remote_code=self._remote_code,
             layer_done=self._progress.add,
-            on_begin=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
+            on_begin=lambda what: self._progress.stage(f"routers of gate mode hidden, {what}"),
         )
         mixture = self._inputs.mixture
         dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.0.{mixture.spec.family.ffn}.router"].entry.dtype]

@@ -230,21 +230,32 @@ def _find_unused(
 ) -> Iterator[UnusedBackbone]:
     """The tensors of each expert's backbone that are not in the merge, unless they equal the base's."""
     base = {name: weight_ref(facts, name) for row, _, name in spec.tensors() if not row.is_ffn}
+    base_groups = {name: group_of(row) for row, _, name in spec.tensors()}
     for member in members:
-        found: dict[str, bool] = {}  # by group: whether it is known to differ
+        adapter, by_adapter = member.facts.adapter, True
+        # By group: whether it is known to differ.
+        found = {_group_of_module(module, base_groups): True for module in (adapter.left_out if adapter else ())}
         known, names = differing.get(member.facts.label, ()), used.get(member.owner, ())
         for row, _, name in member.spec.tensors():
             if row.is_ffn or name in names or name not in member.facts.index.tensors:
                 continue
             own, other = weight_ref(member.facts, name), base.get(name)
             if other is None or not _is_same(own, other):
+                is_replaced = adapter is not None and name in adapter.replaced
+                by_adapter = by_adapter and (is_replaced or (other is not None and own.entry == other.entry))
                 found[group_of(row)] = found.get(group_of(row), False) or name in known or _differs(own, other)
         if found:
             yield UnusedBackbone(
                 owner=member.owner,
                 groups=tuple(group for group in GROUPS if group in found),
                 differing=tuple(group for group in GROUPS if found.get(group)),
+                by_adapter=by_adapter,
             )
+
+
+def _group_of_module(module: str, groups: Mapping[str, str]) -> str:
+    """The group of a module that an adapter changes. A head that the base does not have belongs to the embeddings."""
+    return groups.get(f"{module}.weight", "embeddings")
 
 
 def _is_same(one: WeightRef, other: WeightRef) -> bool:

@@ -43,7 +43,6 @@ from raymoe.planning.tensor_sources import (
     computed_tensors,
     expert_tensors,
     graft_ffn,
-    unused_modules,
     weight_refs,
 )
 from raymoe.planning.totals import compute_totals
@@ -260,7 +259,7 @@ def _assemble(
         shards=shards,
         side_files=side_files,
         gates=gates,
-        sources=(_source(BASE, base_facts), *(_member_source(m, backbone) for m in members)),
+        sources=(_source(BASE, base_facts), *(_source(m.owner, m.facts) for m in members)),
         totals=compute_totals(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
@@ -360,12 +359,7 @@ def _gate_plan(
     )
 
 
-def _member_source(member: Member, backbone: Backbone) -> Source:
-    unused = unused_modules(member.facts, member.spec, backbone.used_of(member.owner))
-    return _source(member.owner, member.facts, tuple(unused))
-
-
-def _source(owner: Owner, facts: ModelFacts, unused: tuple[str, ...] = ()) -> Source:
+def _source(owner: Owner, facts: ModelFacts) -> Source:
     files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
     adapter = facts.adapter.label if facts.adapter else None
     return Source(
@@ -375,5 +369,4 @@ def _source(owner: Owner, facts: ModelFacts, unused: tuple[str, ...] = ()) -> So
         adapter=adapter,
         files=files,
         folders=facts.folders,
-        unused=unused,
     )

@@ -311,8 +311,7 @@ class GatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders.
-    `unused` are the modules that its adapter changes without effect on the merge."""
+    """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders."""
 
     owner: Owner
     label: str
@@ -320,7 +319,6 @@ class Source:
     adapter: str | None
     files: tuple[SourceFile, ...]
     folders: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,11 +330,13 @@ class UnusedBackbone:
         groups: The groups (attention, norms, embeddings) that are stored elsewhere than the base's.
         differing: The groups that are known to differ from the base's: by shape, by dtype, by an adapter's changes, or
             by samples of local files. Other groups may differ too.
+        by_adapter: Whether they differ only by the changes of the expert's adapter.
     """
 
     owner: Owner
     groups: tuple[str, ...]
     differing: tuple[str, ...] = ()
+    by_adapter: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape
 from raymoe.config import ExpertConfig
 from raymoe.errors import Problem, first_few
-from raymoe.formatting import short_list
+from raymoe.formatting import plural, short_list
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, ROUTER, Owner, OwnerKind
 from raymoe.planning.plan import (
     Columns,
@@ -319,25 +319,19 @@ def adapter_warnings(member: Member, where: str, used: Collection[str] = ()) -> 
             f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert contributes nothing "
             f"else: it is the same as {member.config.source_model.model} without it"
         ]
-    unused = unused_modules(member.facts, member.spec, used)
+    unused = [
+        *(name.rpartition(".")[0] for name in changed if not _is_of_ffn(name, member.spec) and name not in used),
+        *adapter.left_out,
+    ]
     if not unused:
         return []
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in unused))
+    count = f"{len(unused)} {plural('module', len(unused))}"
     given = "an expert contributes only its FFN" if not used else "they are not in what the backbone is made of"
     return [
-        f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN "
+        f"{where}: its adapter {adapter.label} also changes {count} outside the FFN "
         f"({short_list(names, 8)}). These changes are not in the merge: {given}"
     ]
-
-
-def unused_modules(facts: ModelFacts, spec: DenseSpec, used: Collection[str] = ()) -> list[str]:
-    """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head,
-    except tensors that are `used`."""
-    if facts.adapter is None:
-        return []
-    names = (*facts.adapter.pairs, *facts.adapter.replaced)
-    changed = (name for name in names if not _is_of_ffn(name, spec) and name not in used)
-    return [*(name.rpartition(".")[0] for name in changed), *facts.adapter.left_out]
 
 
 def _is_of_ffn(name: str, spec: DenseSpec) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from raymoe.formatting import human_bytes, plural
-from raymoe.planning.plan import BackboneReport, MergePlan
+from raymoe.planning.owner import ALL_EXPERTS
+from raymoe.planning.plan import BackboneReport, MergePlan, UnusedBackbone
 
 _METHODS = {
     "linear": "the mean (linear) of {}",
     "slerp": "the spherical mean (slerp) of {}",
     "ties": "merged by TIES from {}",
 }
+_ADAPTED = "changed by the adapter"
 _DIFFERENT = "known to differ from the base's"
 _UNKNOWN = "stored in other files than the base's; not compared, or equal in samples"
 _MOST_UNUSED = 8  # lines
@@ -46,16 +50,19 @@ def _made_of(plan: MergePlan) -> str:
 
 def unused_lines(report: BackboneReport) -> list[str]:
     """The parts of the experts' backbones that are not in the merge; experts with the same parts share a line."""
-    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    alike: dict[UnusedBackbone, list[str]] = {}
     for unused in report.unused:
-        alike.setdefault((unused.groups, unused.differing), []).append(str(unused.owner))
-    lines = [_unused_line(", ".join(owners), *groups) for groups, owners in alike.items()]
+        alike.setdefault(replace(unused, owner=ALL_EXPERTS), []).append(str(unused.owner))
+    lines = [_unused_line(", ".join(owners), unused) for unused, owners in alike.items()]
     more = [f"and {len(lines) - _MOST_UNUSED} more lines like these"] if len(lines) > _MOST_UNUSED else []
     return [*lines[:_MOST_UNUSED], *more]
 
 
-def _unused_line(owners: str, groups: tuple[str, ...], differing: tuple[str, ...]) -> str:
+def _unused_line(owners: str, unused: UnusedBackbone) -> str:
+    groups, differing = unused.groups, unused.differing
     said = f"not used: {', '.join(groups)} of {owners}"
+    if unused.by_adapter:
+        return f"{said} ({_ADAPTED})"
     if differing == groups:
         return f"{said} ({_DIFFERENT})"
     if not differing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,8 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     console = rich_console()
     console.print(f"\n{answer['prompt']}", style="bold")
     if answer["new_tokens"]:
-        console.print(answer["answer"].strip())
+        console.print(_trimmed(answer["answer"]))
+    console.print()
     if "tokens" in answer:
         console.print(_token_table(answer))
     read, new = answer["prompt_tokens"], answer["new_tokens"]
@@ -35,6 +37,11 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     console.print(f"tokens         {read} of the prompt, {new} new{end}", style="dim")
     console.print(f"first choice   {_shares(answer['first_choice'])}")
     console.print(f"router weight  {_shares(answer['weight'])}")
+
+
+def _trimmed(answer: str) -> str:
+    """An answer without blank lines around it, and without one space before it. Its first line stays indented."""
+    return re.sub(r"^(?:[^\S\n]*\n)+|^ (?=\S)", "", answer).rstrip()
 
 
 def _token_table(answer: Mapping[str, Any]) -> Any:

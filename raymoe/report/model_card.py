@@ -137,13 +137,6 @@ def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummar
         yield f"- {line[0].upper()}{line[1:]}"
     if plan.backbone.notes or plan.backbone.unused:
         yield ""
-    if unused := {source.owner: source.unused for source in plan.sources if source.unused}:
-        counts = ", ".join(f"{owner} ({len(modules)} modules)" for owner, modules in unused.items())
-        yield (
-            f"The adapters of {counts} also change modules other than the feed-forward ones, such as attention. These "
-            "changes are not in this model."
-        )
-        yield ""
 
 
 def _expert_row(name: str, expert: ExpertConfig, prompts: Sequence[str]) -> str:
@@ -240,7 +233,7 @@ def _loading_section(
         shared=len(config.shared_experts or ()),
     )
     if architecture.runs_in_llama_cpp(shape):
-        yield "For llama.cpp, if it can hold this model, with raymoe, from a folder that it was downloaded to:"
+        yield "For llama.cpp, if it can hold this model: download it, and convert its folder with raymoe:"
         yield "`raymoe gguf FOLDER model.gguf --type q8_0`"
         yield ""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.compute import peak_rss_bytes
-from raymoe.formatting import human_bytes
+from raymoe.formatting import human_bytes, human_rate
 from raymoe.gate_modes import MODES
 from raymoe.planning.plan import MergePlan
 from raymoe.progress_line import LiveDisplay, Pace
@@ -195,7 +195,7 @@ class Progress:
 
     def _fitting_progress(self, outcome: Outcome, now: float) -> str:
         done, layers = outcome.layers_done, self._plan.gates.layers
-        pace = self._router_pace.text(done, layers - done, now, "{:.2g}".format) if done < layers else ""
+        pace = self._router_pace.text(done, layers - done, now, human_rate) if done < layers else ""
         return f"routers: {done / layers:.0%} computed ({done} of {layers} layers{pace})"
 
     def _reading_progress(self, outcome: Outcome, now: float) -> str:

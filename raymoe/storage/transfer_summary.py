@@ -9,9 +9,9 @@ from raymoe.storage.outputs.protocol import Output
 
 TRANSFER_METHODS = {
     "store_copy": "copied inside the object store",
-    "streamed": "read from an object store or the Hub by a worker",
-    "local": "read from a local file by a worker",
-    "computed": "computed by a worker (headers, routers, transforms)",
+    "streamed": "read from an object store or the Hub by an actor",
+    "local": "read from a local file by an actor",
+    "computed": "computed by an actor (headers, routers, transforms)",
 }
 
 

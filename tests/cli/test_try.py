@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import raymoe as package
 from raymoe.evaluation import generation
+from raymoe.report.generation_text import print_answer
 from tests.cli.commands import files_below, raymoe
 from tests.pico import load_dense, merge_config, merge_here
 
@@ -93,6 +95,25 @@ def test_chat(merged: Path) -> None:
         for chat in (False, True)
     )
     assert plain["answer"] == chat["answer"] == "" and chat["prompt_tokens"] > plain["prompt_tokens"]
+
+
+def test_progress_counts_whole_tokens(merged: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the share of the work in layers, of which a token has three, and with the number of the prompt."""
+    monkeypatch.setattr("raymoe.progress_line._LINE_EVERY_S", 0.0)
+    answer = cli("try", merged / "out", *PROMPTS, "--max-new-tokens", 4, "--device", "cpu")
+    lines = [re.sub(r", [\d.,]+/s, [^)]+ left", "", line.partition(" | ")[2]) for line in answer.err.splitlines()]
+    own = [line for line in lines if line.startswith("generating (prompt 2 of 2) | ")]
+    assert own[0].endswith("0% (0 of 4 new tokens)") and own[4].endswith("33% (1 of 4 new tokens)")
+    assert own[5].endswith("42% (1 of 4 new tokens)") and own[-1].endswith("100% (4 of 4 new tokens)")
+    answer = cli("try", merged / "out", "Hi", "--max-new-tokens", 0, "--device", "cpu")
+    assert "reading | 67% (2 of 3 layers of the model" in answer.err
+
+
+def test_code_keeps_its_indentation(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = {"prompt_tokens": 3, "new_tokens": 9, "is_ended": True, "first_choice": {"go": 1.0}, "weight": {"go": 1.0}}
+    for text, shown in (("\n  \n\tif x {\n\t}\n\n", "        if x {\n        }"), (" Paris. \n", "Paris."), ("\n", "")):
+        print_answer({**answer, "prompt": "p", "answer": text})
+        assert capsys.readouterr().out.startswith(f"\np\n{shown}\n\ntokens "), text
 
 
 def test_lines_of_standard_input(merged: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

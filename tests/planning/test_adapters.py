@@ -16,6 +16,7 @@ from raymoe.checkpoints.weight_table import dense_model
 from raymoe.config import make_config
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import ProblemReport
+from raymoe.report.backbone_lines import unused_lines
 from raymoe.report.model_card import model_card
 from raymoe.sources.resolve import resolve_model
 from tests.pico import (
@@ -66,12 +67,10 @@ def test_changes_outside_the_ffn_are_told_of(zoo: Callable[..., Path], tmp_path:
         "changes are not in the merge: an expert contributes only its FFN"
     )
     card = model_card(plan, make_config(config))
-    assert (
-        f"The adapters of expert 0 ({2 * LAYERS} modules) also change modules other than the feed-forward ones" in card
-    )
+    assert "- Not used: attention of expert 0 (changed by the adapter)" in card and card.count("adapter") == 1
     plain = config_of(base, save_lora(tmp_path / "ffn", base, ["up_proj"]), mode="random")
     assert not adapter_warnings(raymoe.plan(plain))
-    assert "The adapters of" not in model_card(raymoe.plan(plain), make_config(plain))
+    assert "Not used" not in model_card(raymoe.plan(plain), make_config(plain))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,8 @@ def test_unsupported_changes_outside_the_ffn_are_left_out(
     adapter = adapter_with(tmp_path / "lora", base, ["up_proj"], more, **keys)
     plan = raymoe.plan(config_of(base, adapter, **options))
     (warning,) = adapter_warnings(plan)
-    assert f"also changes 1 modules outside the FFN ({module})" in warning
+    assert f"also changes 1 module outside the FFN ({module})" in warning
+    assert unused_lines(plan.backbone) == ["not used: embeddings of expert 0 (changed by the adapter)"]
     same = raymoe.plan(config_of(base, save_lora(tmp_path / "ffn", base, ["up_proj"]), **options))
     assert [shard.header for shard in plan.shards] == [shard.header for shard in same.shards]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import raymoe
+from raymoe.formatting import human_rate
 from raymoe.progress_line import ProgressLine, _broken, token_layers
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.progress import Progress
@@ -128,6 +129,10 @@ def test_a_unit_of_several_words_is_said_once(
         progress.add(1000)
     said = "   10 s | base | 25% (1,000 of 4,000 tokens x layers, 100/s, 30 s left)\n"
     assert capsys.readouterr().err == said
+
+
+def test_rates_have_no_exponent() -> None:
+    assert [human_rate(rate) for rate in (0.0123, 0.5, 3.14, 120.0, 1234.5)] == ["0.012", "0.5", "3.1", "120", "1,234"]
 
 
 def test_a_narrow_terminal_breaks_lines_between_parts() -> None:
