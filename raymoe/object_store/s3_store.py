@@ -113,7 +113,7 @@ class S3Store:
             check_response(response, start, end, etag)
             await read_body(response, buffer)
 
-        condition = {"IfMatch": quote_etag(etag)} if etag else {}
+        condition: dict[str, Any] = {"IfMatch": quote_etag(etag)} if etag else {}
         request = StoreRequest(operation="get_object", url=url)
         self._client.call(request, fill, Range=f"bytes={start}-{end - 1}", **_bucket_and_key(url), **condition)
         self._client.retries.count(bytes_read=len(buffer))
@@ -352,6 +352,6 @@ async def _close_body(response: S3Response) -> None:
     response["Body"].close()
 
 
-def _bucket_and_key(url: str) -> dict[str, str]:
+def _bucket_and_key(url: str) -> dict[str, Any]:
     location = s3_location(url)
     return {"Bucket": location.bucket, "Key": location.key}
