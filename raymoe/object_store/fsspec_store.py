@@ -17,7 +17,7 @@ from raymoe.object_store.error_messages import storage_error
 from raymoe.object_store.errors import StoreRequest, object_exists_error
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.parallel import delete_each
-from raymoe.object_store.protocol import FolderListing, ObjectEntry, ObjectInfo, StoreCounters
+from raymoe.object_store.protocol import BeforeRetry, FolderListing, ObjectEntry, ObjectInfo, StoreCounters
 from raymoe.object_store.retry import Failure, FailureKind, Mismatch, Retries, ShortRead, classify_error
 
 _T = TypeVar("_T")
@@ -131,7 +131,9 @@ class FsspecStore:
 
         return self._call("list_objects_v2", url, find)
 
-    def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+    def put(
+        self, url: str, data: bytes, *, only_if_absent: bool = False, before_retry: BeforeRetry | None = None
+    ) -> ObjectInfo:
         if only_if_absent and self.stat(url) is not None:
             raise object_exists_error(url)
 
@@ -154,7 +156,7 @@ class FsspecStore:
                 raise ShortRead(f"the store has {info.get('size')} bytes, and {len(data)} were sent")
             return ObjectInfo(size=len(data), etag=_etag(info))
 
-        info = self._call("put_object", url, pipe)
+        info = self._call("put_object", url, pipe, before_retry)
         self._retries.count(bytes_sent=len(data))
         return info
 
@@ -171,7 +173,7 @@ class FsspecStore:
     def delete_all(self, urls: Sequence[str]) -> None:
         delete_each(self, urls)
 
-    def move(self, url: str, to: str, size: int) -> ObjectInfo:
+    def move(self, url: str, to: str, size: int, *, before_retry: BeforeRetry | None = None) -> ObjectInfo:
         """Rename a file of `size` bytes, and replace any file at the new name. In one step if the file system can
         rename; else the store copies it, or, if it can do neither, this process."""
         tries = 0
@@ -194,7 +196,7 @@ class FsspecStore:
                 raise ShortRead(f"the store has {info.get('size')} bytes, and {size} were moved")
             return ObjectInfo(size=size, etag=_etag(info))
 
-        return self._call("copy_object", to, rename)
+        return self._call("copy_object", to, rename, before_retry)
 
     def _open(self, url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
@@ -203,8 +205,8 @@ class FsspecStore:
         filesystem, path = url_to_fs(url, use_listings_cache=False)
         return filesystem, str(path)
 
-    def _call(self, operation: str, url: str, step: Callable[[], _T]) -> _T:
-        outcome = self._retries.run(lambda _left: step(), urlsplit(url).netloc)
+    def _call(self, operation: str, url: str, step: Callable[[], _T], before_retry: BeforeRetry | None = None) -> _T:
+        outcome = self._retries.run(lambda _left: step(), urlsplit(url).netloc, before_retry=before_retry)
         if isinstance(outcome, Failure):
             raise storage_error(outcome, StoreRequest(operation=operation, url=url), self.options)
         return outcome

@@ -13,7 +13,7 @@ Guarantees of every method:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +23,9 @@ MAX_PART_BYTES = 5 << 30
 MAX_PARTS = 10_000
 MAX_OBJECT_BYTES = 5 << 40
 MAX_DELETED_AT_ONCE = 1000  # per request
+
+# Called before a write is tried again after a transient failure. What it raises ends the call.
+BeforeRetry = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,9 @@ class ObjectStore(Protocol):
     def list_folder(self, url: str) -> FolderListing:
         """The objects in the folder `url` itself, and its subfolders. Empty and an error as in `list`."""
 
-    def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+    def put(
+        self, url: str, data: bytes, *, only_if_absent: bool = False, before_retry: BeforeRetry | None = None
+    ) -> ObjectInfo:
         """Write a small object as a whole.
 
         With `only_if_absent`, raises ObjectExists if there is one that this very call did not write.
@@ -137,7 +142,15 @@ class MultipartStore(ObjectStore, Protocol):
         process has; `list_uploads` finds it.
         """
 
-    def upload_part(self, url: str, upload_id: str, number: int, data: bytes | bytearray | memoryview) -> UploadedPart:
+    def upload_part(
+        self,
+        url: str,
+        upload_id: str,
+        number: int,
+        data: bytes | bytearray | memoryview,
+        *,
+        before_retry: BeforeRetry | None = None,
+    ) -> UploadedPart:
         """Send one part. The store's checksum of it is compared with the sent bytes."""
 
     def copy_part(
@@ -149,6 +162,8 @@ class MultipartStore(ObjectStore, Protocol):
         start: int,
         end: int,
         source_etag: str | None = None,
+        *,
+        before_retry: BeforeRetry | None = None,
     ) -> UploadedPart:
         """Have the store copy bytes [start, end) of another of its objects as a part; raises ObjectChanged as in
         `read`.
@@ -159,7 +174,13 @@ class MultipartStore(ObjectStore, Protocol):
         """Check an object that parts of `url` were copied from, up to `end`; raises ObjectChanged as in `read`."""
 
     def complete_upload(
-        self, url: str, upload_id: str, parts: Sequence[UploadedPart], *, metadata: Mapping[str, str] | None = None
+        self,
+        url: str,
+        upload_id: str,
+        parts: Sequence[UploadedPart],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        before_retry: BeforeRetry | None = None,
     ) -> ObjectInfo:
         """Assemble the object from its parts, in the order of their numbers, and check that it is made of them.
 

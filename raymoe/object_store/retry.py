@@ -186,11 +186,19 @@ class Retries:
         with self._lock:
             self._counts = replace(self._counts, **{k: getattr(self._counts, k) + n for k, n in more.items()})
 
-    def run(self, attempt: Callable[[float], T], host: str = "", *, pacer: Pacer | None = None) -> T | Failure:
+    def run(
+        self,
+        attempt: Callable[[float], T],
+        host: str = "",
+        *,
+        pacer: Pacer | None = None,
+        before_retry: Callable[[], object] | None = None,
+    ) -> T | Failure:
         """The first result of `attempt(seconds left)`. Other exceptions than Exception pass through.
 
         `host` is the server's name, if a store has several: one that never answered is given up soon. `pacer`: for
-        requests that do not share the slots of the others.
+        requests that do not share the slots of the others. `before_retry` is called before every further attempt; what
+        it raises ends the call.
         """
         pacer = pacer or self.pacer
         began, tries = time.monotonic(), 0
@@ -208,6 +216,11 @@ class Retries:
             if kind is FailureKind.PERMANENT or elapsed + wait + _MIN_ATTEMPT_S >= self._deadline_s:
                 return Failure(error.error, kind, tries, elapsed)
             time.sleep(wait)
+            if before_retry is not None:
+                before_retry()
+                elapsed = time.monotonic() - began
+                if elapsed + _MIN_ATTEMPT_S >= self._deadline_s:
+                    return Failure(error.error, kind, tries, elapsed)
 
     def _try(self, attempt: Callable[[float], T], left: float, host: str, pacer: Pacer, *, again: bool) -> T | _Error:
         started = time.monotonic()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from raymoe.object_store.error_messages import storage_error
 from raymoe.object_store.errors import StoreRequest
 from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.protocol import BeforeRetry
 from raymoe.object_store.retry import Failure, Pacer, Retries
 
 _CONNECT_TIMEOUT_S = 10
@@ -37,15 +38,29 @@ class S3Client:
         self._lock = threading.Lock()
         self._filesystem_cache: tuple[int, Any] | None = None  # (process id, S3FileSystem)
 
-    def call(self, store_request: StoreRequest, handle: ResponseHandler[_T], **arguments: Any) -> _T:
-        """The result of one request. Raises StorageError."""
-        outcome = self.send(store_request, handle, **arguments)
+    def call(
+        self,
+        store_request: StoreRequest,
+        handle: ResponseHandler[_T],
+        *,
+        before_retry: BeforeRetry | None = None,
+        **arguments: Any,
+    ) -> _T:
+        """The result of one request. Raises StorageError, and what `before_retry` raises."""
+        outcome = self.send(store_request, handle, before_retry=before_retry, **arguments)
         if isinstance(outcome, Failure):
             raise storage_error(outcome, store_request, self.options)
         return outcome
 
-    def send(self, store_request: StoreRequest, handle: ResponseHandler[_T], **arguments: Any) -> _T | Failure:
-        """Send `store_request.operation` until it succeeds or fails permanently.
+    def send(
+        self,
+        store_request: StoreRequest,
+        handle: ResponseHandler[_T],
+        *,
+        before_retry: BeforeRetry | None = None,
+        **arguments: Any,
+    ) -> _T | Failure:
+        """Send `store_request.operation` until it succeeds or fails permanently, or `before_retry` raises.
 
         `handle` makes the result from the reply, in the event loop; an exception from it counts as a failure of the
         request. Server-side copies, during which this process only waits, have their own slots.
@@ -61,7 +76,7 @@ class S3Client:
                 future.cancel()  # no effect if it is done
 
         pacer = self.copy_pacer if store_request.operation == "upload_part_copy" else None
-        return self.retries.run(attempt, pacer=pacer)
+        return self.retries.run(attempt, pacer=pacer, before_retry=before_retry)
 
     def _filesystem(self) -> Any:
         with self._lock:

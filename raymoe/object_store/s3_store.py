@@ -32,6 +32,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.parallel import delete_each
 from raymoe.object_store.protocol import (
     MAX_DELETED_AT_ONCE,
+    BeforeRetry,
     FolderListing,
     ObjectEntry,
     ObjectInfo,
@@ -112,7 +113,7 @@ class S3Store:
             check_response(response, start, end, etag)
             await read_body(response, buffer)
 
-        condition = {"IfMatch": quote_etag(etag)} if etag else {}
+        condition: dict[str, Any] = {"IfMatch": quote_etag(etag)} if etag else {}
         request = StoreRequest(operation="get_object", url=url)
         self._client.call(request, fill, Range=f"bytes={start}-{end - 1}", **_bucket_and_key(url), **condition)
         self._client.retries.count(bytes_read=len(buffer))
@@ -151,7 +152,9 @@ class S3Store:
 
     # --- writing whole objects
 
-    def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+    def put(
+        self, url: str, data: bytes, *, only_if_absent: bool = False, before_retry: BeforeRetry | None = None
+    ) -> ObjectInfo:
         metadata, condition = {}, {}
         if only_if_absent:
             if self.stat(url) is not None:
@@ -161,7 +164,7 @@ class S3Store:
         request = StoreRequest(operation="put_object", url=url)
         handle, md5 = upload_check(data)
         sent = {"Body": data, "ContentMD5": md5, "Metadata": metadata, **condition}
-        outcome = self._client.send(request, handle, **_bucket_and_key(url), **sent)
+        outcome = self._client.send(request, handle, before_retry=before_retry, **_bucket_and_key(url), **sent)
         if isinstance(outcome, Failure):
             # Did an earlier try of this very call succeed, and its reply get lost?
             info = self.stat(url) if only_if_absent and error_status(outcome.error) == 412 else None
@@ -202,13 +205,20 @@ class S3Store:
         response = self._client.call(request, _identity, Metadata=dict(metadata or {}), **_bucket_and_key(url))
         return str(response["UploadId"])
 
-    def upload_part(self, url: str, upload_id: str, number: int, data: bytes | bytearray | memoryview) -> UploadedPart:
+    def upload_part(
+        self,
+        url: str,
+        upload_id: str,
+        number: int,
+        data: bytes | bytearray | memoryview,
+        *,
+        before_retry: BeforeRetry | None = None,
+    ) -> UploadedPart:
         body = bytes(data) if isinstance(data, memoryview) else data
         handle, md5 = upload_check(body)
         sent = {"UploadId": upload_id, "PartNumber": number, "Body": body, "ContentMD5": md5}
-        response = self._client.call(
-            StoreRequest(operation="upload_part", url=url), handle, **_bucket_and_key(url), **sent
-        )
+        request = StoreRequest(operation="upload_part", url=url)
+        response = self._client.call(request, handle, before_retry=before_retry, **_bucket_and_key(url), **sent)
         self._client.retries.count(bytes_sent=len(body))
         return UploadedPart(number=number, etag=str(unquote_etag(response["ETag"])), size=len(body))
 
@@ -221,12 +231,15 @@ class S3Store:
         start: int,
         end: int,
         source_etag: str | None = None,
+        *,
+        before_retry: BeforeRetry | None = None,
     ) -> UploadedPart:
         request = StoreRequest(operation="upload_part_copy", url=url, source_url=source_url)
         condition = {"CopySourceIfMatch": quote_etag(source_etag)} if source_etag else {}
         response = self._client.call(
             request,
             _identity,
+            before_retry=before_retry,
             UploadId=upload_id,
             PartNumber=number,
             CopySource=_bucket_and_key(source_url),
@@ -248,13 +261,19 @@ class S3Store:
             raise object_changed_error(request, wrong)
 
     def complete_upload(
-        self, url: str, upload_id: str, parts: Sequence[UploadedPart], *, metadata: Mapping[str, str] | None = None
+        self,
+        url: str,
+        upload_id: str,
+        parts: Sequence[UploadedPart],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        before_retry: BeforeRetry | None = None,
     ) -> ObjectInfo:
         parts = sorted(parts, key=lambda part: part.number)
         request = StoreRequest(operation="complete_multipart_upload", url=url)
         listed = [{"PartNumber": part.number, "ETag": quote_etag(part.etag)} for part in parts]
         sent = {"UploadId": upload_id, "MultipartUpload": {"Parts": listed}}
-        outcome = self._client.send(request, _identity, **_bucket_and_key(url), **sent)
+        outcome = self._client.send(request, _identity, before_retry=before_retry, **_bucket_and_key(url), **sent)
         if isinstance(outcome, Failure):
             # Was it completed by an earlier try with a lost reply, or earlier in this run?
             if outcome.kind is FailureKind.PERMANENT and error_status(outcome.error) != 404:
@@ -333,6 +352,6 @@ async def _close_body(response: S3Response) -> None:
     response["Body"].close()
 
 
-def _bucket_and_key(url: str) -> dict[str, str]:
+def _bucket_and_key(url: str) -> dict[str, Any]:
     location = s3_location(url)
     return {"Bucket": location.bucket, "Key": location.key}

@@ -57,7 +57,7 @@ from typing import Any
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.errors import ObjectExists
 from raymoe.object_store.parallel import CALLS_AT_ONCE
-from raymoe.object_store.protocol import ObjectStore, OpenUpload, UploadedPart
+from raymoe.object_store.protocol import BeforeRetry, ObjectStore, OpenUpload, UploadedPart
 from raymoe.object_store.urls import join_url
 from raymoe.sources.folder_protocol import matches
 from raymoe.storage.base_journal import CLEARING, BaseJournal, flat_name
@@ -106,6 +106,7 @@ class ObjectJournal(BaseJournal):
         self._unconfirmed: set[str] = set()  # own notes that no check of `plan.json` has confirmed yet
         self._announced: set[str] = set()  # files whose upload this run has announced
         self._lock = threading.Lock()  # guards the four fields above
+        self.before_retry: BeforeRetry | None = None  # for the notes of a run that has begun; set by the output
 
     @property
     def _store(self) -> ObjectStore:
@@ -131,7 +132,7 @@ class ObjectJournal(BaseJournal):
             self._store.put(before_claim, b"{}")
         self._claim = self._next_claim(before, digest, fingerprints, fresh=has_to_clear)
         try:
-            self._write("plan.json", self._claim.plain(), only_if_absent=before is None and not fresh)
+            self._write_claim(self._claim, only_if_absent=before is None and not fresh)
         except ObjectExists:
             raise self._in_use_report(digest) from None
         if not fresh and self._snapshot(before) != seen:
@@ -203,7 +204,7 @@ class ObjectJournal(BaseJournal):
 
     def invalidate(self) -> None:
         _, marker = self._clearing_markers(self.check_run().origin)
-        self._store.put(marker, b"{}")
+        self._store.put(marker, b"{}", before_retry=self.before_retry)
 
     def mark_cleared(self) -> None:
         """Called when the files of an earlier merge are removed: removes their notes too."""
@@ -270,7 +271,7 @@ class ObjectJournal(BaseJournal):
         note = _reads_of(self._claim or self.check_run())
         with self._lock:
             self._unconfirmed.add(note)
-        self._store.put(join_url(self._folder, note), content)
+        self._store.put(join_url(self._folder, note), content, before_retry=self.before_retry)
 
     # --- files being written
 
@@ -339,7 +340,7 @@ class ObjectJournal(BaseJournal):
         use."""
         claim = self._claim or self.check_run()
         content = {**claim.signature, "id": upload_id, "known": []}
-        self._write(self._own_upload(name, upload_id), content)
+        self._write_note(self._own_upload(name, upload_id), content)
         self.check_run()
 
     def forget_upload(self, name: str, upload_id: str) -> None:
@@ -470,8 +471,9 @@ class ObjectJournal(BaseJournal):
         """Write a note and check `plan.json`: if a newer run cleared the journal meanwhile, it would not find this
         note."""
         note = f"{kind}/{self.run}/{name}"
-        self._write(note, {**self.check_run().signature, **content})
+        content = {**self.check_run().signature, **content}
         try:
+            self._write_note(note, content)
             self.check_run()
         except MergeFailed:
             self._delete([note])
@@ -481,7 +483,7 @@ class ObjectJournal(BaseJournal):
         """Write a note. The next check of `plan.json` confirms it."""
         with self._lock:
             self._unconfirmed.add(note)
-        self._write(note, {**(self._claim or self.check_run()).signature, **content})
+        self._write_note(note, {**(self._claim or self.check_run()).signature, **content})
 
     def check_run(self) -> Claim:
         with self._lock:
@@ -522,8 +524,13 @@ class ObjectJournal(BaseJournal):
     def _read(self, name: str) -> dict[str, Any]:
         return json_object(self._files.read(f"{JOURNAL}/{name}") or b"")
 
-    def _write(self, name: str, content: Mapping[str, Any], *, only_if_absent: bool = False) -> None:
-        self._store.put(join_url(self._folder, name), json.dumps(content).encode(), only_if_absent=only_if_absent)
+    def _write_claim(self, claim: Claim, *, only_if_absent: bool) -> None:
+        content = json.dumps(claim.plain()).encode()
+        self._store.put(join_url(self._folder, "plan.json"), content, only_if_absent=only_if_absent)
+
+    def _write_note(self, name: str, content: Mapping[str, Any]) -> None:
+        url = join_url(self._folder, name)
+        self._store.put(url, json.dumps(content).encode(), before_retry=self.before_retry)
 
 
 def _reads_of(claim: Claim) -> str:

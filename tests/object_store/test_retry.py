@@ -328,6 +328,33 @@ def test_retries_wait_longer_and_longer_and_stop_at_the_deadline(monkeypatch: py
     assert waits[-1] > waits[0] * 2
 
 
+@pytest.mark.parametrize("is_in_time", [True, False])
+def test_what_is_asked_before_a_retry_ends_the_call(monkeypatch: pytest.MonkeyPatch, is_in_time: bool) -> None:
+    """By an error of its own; and if it takes long, the call's own error is the result."""
+    clock, tries, asked = Clock(), list[float](), list[float]()
+    monkeypatch.setattr("raymoe.object_store.retry.time", clock)
+
+    def fail(_: float) -> None:
+        tries.append(clock.now)
+        raise ConnectionResetError
+
+    def ask() -> None:
+        asked.append(clock.now)
+        if len(asked) == 2 and is_in_time:
+            raise ValueError("of no use any more")
+        clock.now += 0 if is_in_time else 900
+
+    retries = Retries(4, 900.0)
+    if is_in_time:
+        with pytest.raises(ValueError, match="of no use any more"):
+            retries.run(fail, before_retry=ask)
+        assert len(tries) == len(asked) == 2
+    else:
+        outcome = retries.run(fail, before_retry=ask)
+        assert isinstance(outcome, Failure) and isinstance(outcome.error, ConnectionResetError)
+        assert len(tries) == len(asked) == 1
+
+
 def test_what_is_not_an_exception_passes_through() -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt

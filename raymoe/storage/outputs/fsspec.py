@@ -38,10 +38,10 @@ class StreamOutput(StoreOutput[FsspecStore]):
     def _fence_off(self, has_to_clear: bool) -> None:
         self.journal.remove_earlier_parts()
 
-    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+    def _jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return () if self._keep_finished(shard) else (ShardJob(shard=shard),)
 
-    def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
+    def _do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None) -> Any:
         """The URL of the file that is to be moved to its place, and the shard's record."""
         import fsspec
 
@@ -72,11 +72,8 @@ class StreamOutput(StoreOutput[FsspecStore]):
     def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         part, written = results[0]
         self.journal.check_run()
-        try:
-            info = self._store.move(part, self.files.place(written.name), written.size)
-        except StorageError:
-            self.journal.check_run()  # a newer run removes what is to be moved
-            raise
+        place = self.files.place(written.name)
+        info = self._store.move(part, place, written.size, before_retry=self._takeover_check)
         self._remember(written.name, info)
         self.journal.record(written)
         return cast(FileRecord, written)

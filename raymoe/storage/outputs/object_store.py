@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
@@ -25,10 +25,14 @@ from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord, Finis
 from raymoe.storage.object_journal import DoneNote, ObjectJournal
 from raymoe.storage.output_files import StoreFiles
 from raymoe.storage.outputs.base import BaseOutput, goes_on
-from raymoe.storage.outputs.protocol import ShardJob
+from raymoe.storage.outputs.protocol import Progress, ShardJob
+from raymoe.storage.shard_stream import RouterBytes
+from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.takeover_check import TakeoverCheck
 
 _Store = TypeVar("_Store", bound=ObjectStore)
 _RELEASE_S = 60
+_LOOK_S = 5  # for the question whether the output is still this run's, between two tries of a write
 
 
 class StoreOutput(BaseOutput, Generic[_Store]):
@@ -46,6 +50,8 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         files = StoreFiles(open_store(location, storage), location)
         super().__init__(files, ObjectJournal(files, run))
         self._storage = storage
+        self._takeover_check = TakeoverCheck(location, self._is_still_of_this_run)
+        self.journal.before_retry = self._takeover_check
         self._written: dict[str, tuple[int, str | None]] = {}  # name -> size and ETag
         self._kept: dict[str, FileRecord] = {}  # shards that an earlier run finished
         # what was here when the run began, if it may include finished shards
@@ -66,6 +72,26 @@ class StoreOutput(BaseOutput, Generic[_Store]):
             return super().recorded_files()
         except StorageError:  # `problems` reports it
             return ()
+
+    def _files_within(self, seconds: float) -> StoreFiles:
+        """The same files, through a store that gives up after so many seconds."""
+        options = replace(self._storage, deadline_s=min(seconds, self._storage.deadline_s))
+        return StoreFiles(open_store(self.location.text, options), self.location.text)
+
+    def _is_still_of_this_run(self) -> bool:
+        try:
+            return self.journal.through(self._files_within(_LOOK_S)).is_of_this_run
+        except StorageError:  # a store that does not answer is a matter of the write's own deadline
+            return True
+
+    @contextlib.contextmanager
+    def _takeover_as_cause(self) -> Iterator[None]:
+        """If a request fails since a newer run has taken over, raise TakenOver: that is what the user has to know."""
+        try:
+            yield
+        except StorageError:
+            self._takeover_check.look()
+            raise
 
     def lock(self) -> None:
         """Does nothing, since stores have no lock: see `ObjectJournal`."""
@@ -135,10 +161,27 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         """Whether an object's size and ETag show that it is the noted one, without reading its bytes."""
         return False
 
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        with self._takeover_as_cause():
+            return self._jobs(shard)
+
+    @abstractmethod
+    def _jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        """As `jobs`."""
+
+    def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
+        with self._takeover_as_cause():
+            return self._do(job, reader, progress, router)
+
+    @abstractmethod
+    def _do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None) -> Any:
+        """As `do`."""
+
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         if shard.file_name in self._kept:
             return self._kept[shard.file_name]
-        return self._complete(shard, results)
+        with self._takeover_as_cause():
+            return self._complete(shard, results)
 
     @abstractmethod
     def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
@@ -177,7 +220,8 @@ class StoreOutput(BaseOutput, Generic[_Store]):
     # --- small files, index and record
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
-        return self._record_written(name, content, self._put_small(name, content))
+        with self._takeover_as_cause():
+            return self._record_written(name, content, self._put_small(name, content))
 
     @abstractmethod
     def _record_written(self, name: str, content: bytes, info: ObjectInfo) -> FileRecord:
@@ -188,10 +232,10 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         self.journal.check_run()
         url = self.files.place(name)
         try:
-            return self._store.put(url, content, only_if_absent=True)
+            return self._store.put(url, content, only_if_absent=True, before_retry=self._takeover_check)
         except ObjectExists:  # an earlier run wrote it, or a newer one has just done so
             self.journal.check_run()
-            return self._store.put(url, content)
+            return self._store.put(url, content, before_retry=self._takeover_check)
 
     def _write_index(self, content: bytes) -> FileRecord:
         """As in the base class. An earlier run of this merge may have written the same index.
@@ -202,7 +246,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         if there is not None and json_object(there) != json_object(content):
             raise foreign_file_error(url)
         try:
-            info = self._store.put(url, content, only_if_absent=there is None)
+            info = self._store.put(url, content, only_if_absent=there is None, before_retry=self._takeover_check)
         except ObjectExists as error:
             raise foreign_file_error(url) from error
         return self._record_written(INDEX_NAME, content, info)
@@ -210,11 +254,10 @@ class StoreOutput(BaseOutput, Generic[_Store]):
     def _write_record(self, record: bytes) -> None:
         url = self.files.place(RECORD_NAME)
         try:
-            self._store.put(url, record, only_if_absent=True)
+            self._store.put(url, record, only_if_absent=True, before_retry=self._takeover_check)
+            self._clear(self.journal.check_run())
         except ObjectExists as error:  # there was none when this run began
             raise self._foreign_record_error(url, record) from error
-        try:
-            self._clear(self.journal.check_run())
         except TakenOver:
             # Another run of this merge has just begun. It sees the record, and leaves the merge as it is.
             if self.finished_merge() != FinishedMerge.of(json_object(record)):
@@ -235,8 +278,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         """As in `Output`. A store that does not answer (possibly the reason for the merge's end) is not waited for
         long: the journal lists what is left, and the next run removes or uses it."""
         if self._has_open_work() or self.journal.has_unconfirmed:
-            options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
-            files = StoreFiles(open_store(self.location.text, options), self.location.text)
+            files = self._files_within(_RELEASE_S)
             journal = self.journal.through(files)
             with contextlib.suppress(StorageError):
                 if self._has_open_work():

@@ -96,10 +96,10 @@ class S3Output(StoreOutput[MultipartStore]):
         return file.kind is LocationKind.S3
 
     def copied_parts(self, shard: Shard) -> int:
-        jobs = list(_jobs(shard, "", upload_parts(shard, self.same_store)))
+        jobs = list(_upload_jobs(shard, "", upload_parts(shard, self.same_store)))
         return sum(job.copies for job in jobs) if all(job.asks_store for job in jobs) else 0
 
-    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+    def _jobs(self, shard: Shard) -> Sequence[ShardJob]:
         name, parts = shard.file_name, upload_parts(shard, self.same_store)
         self._copied_from |= {part.copy.file.location: part.copy.file for part in parts if part.copy is not None}
         if self._keep_finished(shard):
@@ -111,9 +111,9 @@ class S3Output(StoreOutput[MultipartStore]):
             self._known_parts[name], self._uploads[name] = done, upload_id
         numbers = {part.number for part in self._known_parts[name]}
         missing = [part for part in parts if part.number not in numbers]
-        return list(_jobs(shard, self._uploads[name], missing))
+        return list(_upload_jobs(shard, self._uploads[name], missing))
 
-    def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
+    def _do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None) -> Any:
         """The parts that the store has now, or the checksum of the object that is read back. `router` gives computed
         rows."""
         name = job.shard.file_name
@@ -126,13 +126,21 @@ class S3Output(StoreOutput[MultipartStore]):
             if part.copy is not None:
                 source = part.copy
                 there = self._store.copy_part(
-                    url, upload_id, part.number, source.file.location, source.start, source.end, source.file.etag
+                    url,
+                    upload_id,
+                    part.number,
+                    source.file.location,
+                    source.start,
+                    source.end,
+                    source.file.etag,
+                    before_retry=self._takeover_check,
                 )
                 progress(0, part.nbytes)
                 return there
             with self._memory.reserve(_bytes_to_send(job.shard, part)):
                 chunks = shard_range(job.shard, part.start, part.end, reader, router)
-                there = self._store.upload_part(url, upload_id, part.number, read_stream(chunks, part.nbytes))
+                content = read_stream(chunks, part.nbytes)
+                there = self._store.upload_part(url, upload_id, part.number, content, before_retry=self._takeover_check)
             progress(part.nbytes, 0)
             return there
 
@@ -197,7 +205,9 @@ class S3Output(StoreOutput[MultipartStore]):
         parts.sort(key=lambda part: part.number)
         url, upload_id = self.files.place(name), self._uploads[name]
         self.journal.check_run()
-        info = self._store.complete_upload(url, upload_id, parts, metadata=self._metadata)
+        info = self._store.complete_upload(
+            url, upload_id, parts, metadata=self._metadata, before_retry=self._takeover_check
+        )
         assert info.size == shard.nbytes, f"{url}: {info.size} bytes, planned {shard.nbytes}"
         self._remember(name, info)
         self._completed[name] = upload_id, info
@@ -348,6 +358,7 @@ class S3Output(StoreOutput[MultipartStore]):
         """Start an upload. If a reply was lost and the request repeated, there are two uploads: the first is
         aborted."""
         retries = self._store.counters.retries
+        # Not ended by a takeover: the upload of a lost reply would stay, and no run would know of it.
         upload_id = self._store.create_upload(url, metadata=self._metadata)
         if self._store.counters.retries > retries:
             for other in self._opened_since(url, known=(upload_id, *known)):
@@ -412,7 +423,7 @@ def _is_computed(shard: Shard, part: UploadPart) -> bool:
     return any(not isinstance(each.what, Copy) and part.overlaps(each) for each in shard.parts)
 
 
-def _jobs(shard: Shard, upload_id: str, missing: Sequence[UploadPart]) -> Iterator[ShardJob]:
+def _upload_jobs(shard: Shard, upload_id: str, missing: Sequence[UploadPart]) -> Iterator[ShardJob]:
     """The jobs of an upload: copied parts separate from sent ones, unless the sent ones are small."""
     copied, sent = [p for p in missing if p.copy is not None], [p for p in missing if p.copy is None]
     are_small = sum(part.nbytes for part in sent) <= _SENT_BESIDE_COPIES

@@ -19,7 +19,6 @@ import pytest
 import raymoe
 from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
 from raymoe.object_store.location import Location
-from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.s3_store import S3Store
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.owner import Owner
@@ -28,7 +27,8 @@ from raymoe.runtime.coordinator import _begin, output_problems
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.source_files import SourceFiles
 from raymoe.sources.hub import HubOptions
-from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME
+from raymoe.storage.claim import TakenOver
+from raymoe.storage.file_names import INDEX_NAME, JOURNAL, RECORD_NAME
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.object_store import StoreOutput
@@ -37,6 +37,7 @@ from raymoe.storage.outputs.output_checks import find_complete_merge
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.outputs.s3 import S3Output
 from raymoe.storage.source_reader import SourceReader
+from tests.object_store.servers import STARTERS
 from tests.storage.outputs.places import (
     OPTIONS,
     Place,
@@ -53,8 +54,7 @@ from tests.storage.outputs.places import (
 )
 
 PLAN = MergeOptions(max_shard_bytes=1 << 30, model_card=False)
-# moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline.
-TAKEN_OVER = StorageOptions(deadline_s=8)
+SOAKED = [pytest.param(kind, marks=[pytest.mark.s3, pytest.mark.soak]) for kind in STARTERS if kind != "moto"]
 
 
 # --- two merges of one shape, and places to write them to
@@ -95,6 +95,66 @@ def shard_of(plan: MergePlan, owner: Owner) -> Shard:
     return next(shard for shard in plan.shards if shard.owner == owner)
 
 
+# --- a write that is under way when the newer run begins
+
+
+class Before:
+    """A store before whose first call of a method, `then` is called."""
+
+    def __init__(self, output: Output, method: str, then: Callable[[], None]) -> None:
+        assert isinstance(output, StoreOutput)
+        self._store, self._method, self._then = output.files.store, method, then
+        output.files.store = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method:
+            self._method = ""
+            self._then()
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("moto", marks=pytest.mark.s3), *SOAKED])
+@pytest.mark.parametrize("method", ["upload_part", "complete_upload"])
+def test_uploads_of_a_run_that_was_taken_over_end_it(
+    plans: tuple[MergePlan, MergePlan], tmp_path: Path, kind: str, method: str
+) -> None:
+    """The newer run has aborted the upload. moto answers its parts and its completion with 500, others with 404."""
+    for place in made_place(kind, tmp_path):
+        first, newer = started(place, plans[0]), list[Output]()
+        shard = shard_of(plans[0], Owner.expert(0))
+        Before(first, method, lambda: newer.append(started(place, plans[1], fresh=True)))  # noqa: B023
+        with pytest.raises(TakenOver):
+            first.complete(shard, do_shard(first, plans[0], shard))
+        first.release()
+        finish(newer[0], plans[1])
+        check_is_alone(place, plans[1], tmp_path)
+
+
+@pytest.mark.parametrize("written", ["config.json", INDEX_NAME, RECORD_NAME, f"{JOURNAL}/done/"])
+def test_whole_files_of_a_run_that_was_taken_over_are_not_tried_again(
+    plans: tuple[MergePlan, MergePlan], tmp_path: Path, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store loses a request, and the newer run begins before it is sent again: the file is that run's by now."""
+    for place in made_place("memory", tmp_path):
+        first, newer = started(place, plans[0]), list[Output]()
+        filesystem, path = place.open()
+        pipe = type(filesystem).pipe_file
+
+        def lost(this: Any, name: str, content: bytes, **named: Any) -> None:
+            if name.removeprefix(f"{path}/").startswith(written) and not newer:  # noqa: B023
+                newer.append(started(place, plans[1], fresh=True))  # noqa: B023
+                raise ConnectionResetError
+            pipe(this, name, content, **named)  # noqa: B023
+
+        with monkeypatch.context() as here:
+            here.setattr(type(filesystem), "pipe_file", lost)
+            with pytest.raises(TakenOver):
+                finish(first, plans[0])
+        first.release()
+        finish(newer[0], plans[1])
+        check_is_alone(place, plans[1], tmp_path)
+
+
 # --- an actor that is in the middle of a shard
 
 
@@ -130,7 +190,7 @@ def test_late_actor(
     old, new = plans if other_plan else (plans[0], plans[0])
     first = started(place, old)
     shard, reader, ended = shard_of(old, Owner.expert(0)), Waiting(fails=fails), list[BaseException]()
-    actor = open_output(Location.parse(place.location), TAKEN_OVER, first.run)
+    actor = open_output(Location.parse(place.location), OPTIONS, first.run)
     jobs = first.jobs(shard)
 
     def work() -> None:
@@ -329,7 +389,7 @@ def test_taken_over_while_the_old_run_stands_still(
     one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
 
     def once(place: Place, at: int) -> int:
-        first = started(place, old, options=TAKEN_OVER)
+        first = started(place, old)
         first.complete(one, do_shard(first, old, one))
 
         take_over = TakeOver(place, new, fresh=other_plan, until=until)
