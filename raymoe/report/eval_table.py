@@ -70,7 +70,9 @@ def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
         return f"{loss:.3f} ({perplexity(loss)}){'*' if best else ' '}", "bold" if best else ""
 
     console.print("\nLoss in nats per token, perplexity in brackets; * is the lowest of a column")
-    _print_blocks(console, "model", rows, {label: label for label in (*read_labels(result), MEAN)}, cell)
+    # The mean is first, so that it is in the first block on a narrow terminal.
+    _print_blocks(console, "model", rows, {label: label for label in (MEAN, *read_labels(result))}, cell)
+    console.print()
     for name in rows:
         if meaning := _meaning(result, name):
             console.print(f"{name}: {meaning}")

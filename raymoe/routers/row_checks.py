@@ -45,7 +45,7 @@ def conditioning_warning(rows: Sequence[Float32], names: Sequence[str]) -> str |
     cosine, first, second = closest[worst]
     return (
         f"the router rows of two experts are nearly parallel (cosine above {MAX_COSINE:g}) in {len(bad)} of "
-        f"{len(closest)} layers: layers {number_ranges(bad)}. Worst is layer {worst}: cosine {cosine:.3f} between "
+        f"{len(closest)} layers ({number_ranges(bad)}). Worst is layer {worst}: cosine {cosine:.3f} between "
         f"{names[first]} and {names[second]}. Such experts get nearly equal scores for every token; use prompts that "
         "differ more, add negative_prompts, or gate_mode: ridge"
     )

@@ -30,6 +30,14 @@ def test_fits_and_names_everything(experts: int, capsys: pytest.CaptureFixture[s
     assert f"{result['gap_closed']:.0%} of the gap from hidden to oracle is closed" in text
 
 
+def test_a_narrow_terminal_has_the_mean_in_the_first_block(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymoe.report.eval_table._WIDTH", 60)
+    heads = re.findall(r"^model +(\S.*)$", printed(synthetic_evaluation(4, 8), capsys), re.MULTILINE)
+    assert [head.split()[0] for head in heads] == ["mean", "metamath", "dictionary"], heads
+
+
 def test_lowest_of_a_column_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     result = synthetic_evaluation(2, 8)
     result["loss"]["merged"]["go"] = 0.5
@@ -69,7 +77,7 @@ def test_further_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     result["loss"]["mine"] = {"go": 1.25, "metamath": 2.25, "mean": 1.75}
     result["compared"] = {"mine": "org/model"}
     said = printed(result, capsys)
-    assert re.search(r"^mine +1\.250 \(3\.49\).? +2\.250 \(9\.49\).? +1\.750 \(5\.75\)", said, re.M)
+    assert re.search(r"^mine +1\.750 \(5\.75\).? +1\.250 \(3\.49\).? +2\.250 \(9\.49\)", said, re.M)
     assert "mine: org/model" in said
 
 
@@ -94,7 +102,7 @@ def test_what_was_not_asked_for_is_left_out(capsys: pytest.CaptureFixture[str]) 
     text = printed(result, capsys)
     assert "oracle" not in text
     assert "hidden" not in text
-    assert re.search(r"^base +2\.500 \(12\.2\)\S? +- +-$", text, re.M)
+    assert re.search(r"^base +- +2\.500 \(12\.2\)\S? +-$", text, re.M)
     assert "warning: [few] tokens" in text
 
 

@@ -121,7 +121,7 @@ def test_nearly_parallel_rows_are_warned_of_with_numbers() -> None:
     for layer in (0, 1, 3):
         almost[layer] = normalize(first[layer] + (0.01 if layer == 1 else 0.1) * second[layer])
     warning = conditioning_warning([first, -first, almost], NAMES) or ""
-    assert re.search(r"nearly parallel .* in 3 of 4 layers: layers 0-1, 3\. ", warning)
+    assert re.search(r"nearly parallel .* in 3 of 4 layers \(0-1, 3\)\. ", warning)
     assert "Worst is layer 1: cosine 1.000 between expert 0 (a) and expert 2 (c). " in warning
 
 
@@ -181,7 +181,7 @@ def test_a_merge_of_nearly_equal_prompts_warns(
         expert["positive_prompts"] = [text + end]
     result = merge_in_process(config, tmp_path / "merged")
     assert len(result.warnings) == 1
-    warning = r"nearly parallel .* in 3 of 3 layers: layers 0-2\. Worst is layer \d: cosine 0\.9\d\d between expert 0 "
+    warning = r"nearly parallel .* in 3 of 3 layers \(0-2\)\. Worst is layer \d: cosine 0\.9\d\d between expert 0 "
     assert re.search(warning, result.warnings[0])
     assert not merge_in_process(merge_config(base, [base] * 2, mode="random"), tmp_path / "random").warnings
 
