@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from raymoe.architectures import DenseSpec, read_spec
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import FOLDS
 from raymoe.planning.plan import Columns, Combine, MergePlan, Part, PartSource, Transform, WeightRef
@@ -25,7 +26,7 @@ from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.routers.tokenize import batches, chunk_size, read_scan, round_up
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.transform import THREADS
-from raymoe.tensor_names import EMBEDDING, layer_of
+from raymoe.tensor_names import EMBEDDING, LAYER_EMBEDDINGS, layer_of
 
 # Resident bytes of an actor that only copies, of one that has read embeddings, and of one that has imported torch and
 # parts of transformers, and has tokenized its prompts.
@@ -100,9 +101,9 @@ def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
     fitting = mode.fitting_bytes(hidden, tokens)
     common = _TOKEN_BYTES * one.tokens + _activation_bytes(plan, tokens)
+    held = one.tokens * (hidden + _kept_keys(one)) + min(one.tokens, gates.vocab) * _layer_input_numbers(one)
     reading = {
-        width: one.tokens * hidden * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width)
-        for width in {here, stored}
+        width: held * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width) for width in {here, stored}
     }
     return {
         "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * max_layers_at_once(gates)),
@@ -184,6 +185,18 @@ def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
     scan = read_scan(config)
     scanning = 4 * one.scanned * scan.numbers if scan else 0
     return one.batch_tokens * width * (3 * wide + 6 * plan.gates.hidden) + mask + scanning
+
+
+def _kept_keys(one: _Pass) -> int:
+    """How many numbers per token layers keep for later ones."""
+    spec = read_spec(one.members[0].config, "")
+    return spec.kept_keys if isinstance(spec, DenseSpec) else 0
+
+
+def _layer_input_numbers(one: _Pass) -> int:
+    """How many numbers the layers are given for each distinct token besides hidden states."""
+    ref = one.members[0].weights.get(LAYER_EMBEDDINGS)
+    return ref.entry.shape[1] if ref is not None else 0
 
 
 def _activation_bytes(plan: MergePlan, tokens: int) -> int:

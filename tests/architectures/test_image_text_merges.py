@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import raymoe
 from raymoe.errors import ProblemReport
 from tests.architectures.pairs import MAX_DIFFERENCE, load_merged
+from tests.architectures.test_gemma4 import E2B
 from tests.pico import logits_of, merge_config, merge_without_ray, save_model, tensors_of, token_ids
 from tests.wrapped import load_wrapped, save_wrapped
 
@@ -27,15 +28,19 @@ PROCESSOR = {"preprocessor_config.json": {"patch_size": 8}, "processor_config.js
 @pytest.fixture(params=list(WRAPPERS))
 def wrapped(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """As published: with processor files and, in Qwen3.5, layers of multi-token prediction."""
-    if request.param not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {request.param}")
-    folder = save_wrapped(tmp_path / "wrapped", request.param, **IMAGE_TOKENS)
+    return save_published(tmp_path / "wrapped", request.param)
+
+
+def save_published(folder: Path, wrapper: str, **text_options: Any) -> Path:
+    if wrapper not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {wrapper}")
+    save_wrapped(folder, wrapper, **IMAGE_TOKENS, **text_options)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **IMAGE_TOKENS}))
     for name, content in PROCESSOR.items():
         (folder / name).write_text(json.dumps(content))
     tensors = load_file(folder / "model.safetensors")
-    if request.param == "qwen3_5":
+    if wrapper == "qwen3_5":
         save_file({**tensors, "mtp.norm.weight": torch.arange(64.0)}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -106,6 +111,15 @@ def test_an_image_gives_what_the_base_gives(wrapped: Path, tmp_path: Path) -> No
     assert (merged(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max() < MAX_DIFFERENCE
     # The text model alone loads from the same files.
     assert (logits_of(load_merged(tmp_path / "merged"), ids) - dense(input_ids=ids).logits).abs().max() < 1e-5
+
+
+def test_an_image_in_layers_with_inputs_of_their_own(tmp_path: Path) -> None:
+    """Gemma 4 E2B and E4B."""
+    wrapped = save_published(tmp_path / "wrapped", "gemma4", **E2B)
+    merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
+
+    dense, merged = load_wrapped(wrapped), load_wrapped(tmp_path / "merged")
+    assert (image_logits(merged) - image_logits(dense)).abs().max() < MAX_DIFFERENCE
 
 
 def test_all_but_the_text_model_is_copied(wrapped: Path, tmp_path: Path) -> None:

@@ -153,8 +153,8 @@ def _feature_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Ite
         yield "a bias on convolutions: it has none"
     if spec.partial_rotary != 1.0 and not architecture.has_partial_rotary:
         yield f"partial rotary embedding ({spec.partial_rotary:g} of each head): it rotates whole heads only"
-    if len(set(spec.kinds)) == 1:
-        yield f"all layers of one kind, {spec.kinds[0]}: it has two"
+    if len(set(spec.layer_types)) == 1:
+        yield f"all layers of one kind, {spec.layer_types[0]}: it has two"
     yield from architecture.unsupported_reasons(spec)
     if spec.explicit_head_dim and not architecture.has_head_dim:
         yield f"head_dim {spec.head_dim}: it is always hidden_size / num_attention_heads"

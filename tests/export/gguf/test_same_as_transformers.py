@@ -46,6 +46,14 @@ MULTIPLIERS = {
 SOME_WINDOWS = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 12}
 LATENT = {"rms_norm_eps": 1e-6}
 OWN_VALUES = {"attention_k_eq_v": False, "tie_word_embeddings": True, "final_logit_softcapping": None}
+SHARED_KEYS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+}
 LINEAR_HEADS = {"linear_value_head_dim": 64}
 BIASES = {"attention_bias": True, "tie_word_embeddings": True}
 
@@ -121,6 +129,7 @@ MERGES = (
     Case("youtu", "deepseek_v3", "deepseek2", shared=1, model={**LATENT, "rope_interleave": False}),
     Case("gemma4_text", "gemma4_moe", "gemma4"),
     Case("gemma4_text", "gemma4_moe", "gemma4", top=1, model=OWN_VALUES),
+    Case("gemma4_text", "gemma4_moe", "gemma4", model=SHARED_KEYS),
     Case("smollm3", "granitemoe_swa", "granite_swa"),
     Case("smollm3", "granitemoe_swa", "granite_swa", shared=2, model={**SOME_WINDOWS, "attention_bias": True}),
     Case("smollm3", "granitemoe_swa", "granite_swa", shared=1, top=1, model={"rope_scaling": LLAMA3}),
@@ -292,6 +301,12 @@ def test_refused_since_no_architecture_computes_it(
             "time_step_limit .*: it has none",
         ),
         ("qwen3_5_text", "qwen3_5_moe", {}, "linear attention with keys of 64 and values of 48"),
+        (
+            "gemma4_text",
+            "gemma4_moe",
+            {**SHARED_KEYS, "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"]},
+            "num_kv_shared_layers 2: it takes their keys and values from the two layers before them",
+        ),
     ],
 )
 def test_refused_since_its_architecture_takes_it_for_granted(
