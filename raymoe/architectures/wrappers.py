@@ -68,6 +68,8 @@ class Wrapper:
             text part's own class.
         is_flat: Older config.json files have the text part's keys at the top.
         mixture: The wrapper of `MIXTURE_WRAPPERS` that has the same encoder around a mixture. Empty: there is none.
+        plain_type: The `model_type` that its text part has by itself, if that is another.
+        has_axes: Its text part has RoPE with three axes, which the family of the text does not have.
         class_name: Its class in transformers. Only mixtures, which raymoe writes, need it.
     """
 
@@ -79,6 +81,8 @@ class Wrapper:
     text_defaults: Mapping[str, Any] = field(default_factory=dict)
     is_flat: bool = False
     mixture: str = ""
+    plain_type: str = ""
+    has_axes: bool = False
     class_name: str = ""
 
     def wrapped_name(self, name: str) -> str:
@@ -158,7 +162,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
                 "hidden_size_per_layer_input": 0,
             },
         ),
-        Wrapper(model_type="qwen3_vl", title="Qwen3-VL", text_type="qwen3_vl_text"),
+        Wrapper(model_type="qwen3_vl", title="Qwen3-VL", text_type="qwen3_vl_text", mixture="qwen3_vl_moe"),
         Wrapper(
             model_type="qwen2_5_vl",
             title="Qwen2.5-VL",
@@ -245,6 +249,14 @@ MIXTURE_WRAPPERS: Mapping[str, Wrapper] = {
             text_type="gemma4_text",
             class_name="Gemma4ForConditionalGeneration",
         ),
+        Wrapper(
+            model_type="qwen3_vl_moe",
+            title="Qwen3-VL MoE",
+            text_type="qwen3_vl_moe_text",
+            plain_type="qwen3_moe",
+            has_axes=True,
+            class_name="Qwen3VLMoeForConditionalGeneration",
+        ),
     )
 }
 """Wrappers whose text part is a mixture that raymoe writes."""
@@ -266,7 +278,7 @@ def mixture_wrapper(config: Mapping[str, Any], text_type: str) -> Wrapper | None
     """The wrapper of a mixture of type `text_type` that has the encoder of the wrapper that `config` describes."""
     wrapper = find_wrapper(config)
     found = MIXTURE_WRAPPERS.get(wrapper.mixture) if wrapper else None
-    return found if found and found.text_type == text_type else None
+    return found if found and text_type in (found.text_type, found.plain_type) else None
 
 
 def wrapped_config(mixture: Wrapper, base: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,6 +287,9 @@ def wrapped_config(mixture: Wrapper, base: Mapping[str, Any], text: Mapping[str,
     kept = {key: value for key, value in base.items() if key not in (*_OF_TEXT, *_OF_BOTH)}
     shared = {key: text[key] for key in ("tie_word_embeddings", *_OF_BOTH) if key in text}
     own = {key: value for key, value in text.items() if key != "architectures"}
+    if mixture.has_axes:
+        rope = rope_parameters(base.get("text_config") or base)
+        own["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     vision = {**base.get("vision_config", {}), "model_type": f"{mixture.model_type}_vision"}
     names = {"architectures": [mixture.class_name], "model_type": mixture.model_type}
     return dict(sorted({**kept, **shared, **names, "text_config": own, "vision_config": vision}.items()))
@@ -296,13 +311,12 @@ def text_config(wrapper: Wrapper, config: Mapping[str, Any]) -> dict[str, Any]:
     text = {**sizes, **wrapper.text_defaults, **shared, **own, "model_type": model_type}
     if isinstance(config.get("tie_word_embeddings"), bool):
         text["tie_word_embeddings"] = config["tie_word_embeddings"] or own.get("tie_word_embeddings") is True
-    return _without_axes(text)
+    has_axes = wrapper.has_axes or model_type in TEXT_TYPES.values()
+    return _without_axes(text) if has_axes else text
 
 
 def _without_axes(text: dict[str, Any]) -> dict[str, Any]:
     """The config with the RoPE of a text model. Types that keep the axes in their mixture carry them themselves."""
-    if text["model_type"] not in TEXT_TYPES.values():
-        return text
     rope = rope_parameters(text)
     for key in _AXES:
         rope.pop(key, None)

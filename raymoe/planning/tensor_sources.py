@@ -23,6 +23,7 @@ from raymoe.planning.plan import (
     PartSource,
     Router,
     Transform,
+    Transposed,
     WeightRef,
 )
 from raymoe.planning.shard_packing import OutputTensor, Piece
@@ -133,9 +134,19 @@ def _fuse_experts(
                 for role, piece in zip(roles, _pieces(f"{output}[{member.owner.index}]", matrices, roles), strict=True)
                 for padded in (_pad_columns if role == "ffn.down" else _pad_rows)(piece, width, dtype)
             )
+            if architecture.transposes_experts:
+                each = [what[start : start + len(roles)] for start in range(0, len(what), len(roles))]
+                what = tuple(_transpose(pieces, dtype) for pieces in each)
             rows = sum(piece.shape[0] for piece in what) // len(members)
             shape = (len(members), rows, what[0].shape[1])
             yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=ALL_EXPERTS, what=what)
+
+
+def _transpose(pieces: Sequence[Piece], dtype: str) -> Piece:
+    """Matrices one below the other, transposed."""
+    matrices = tuple(_single_part(piece, dtype) for piece in pieces)
+    shape = (pieces[0].shape[1], sum(piece.shape[0] for piece in pieces))
+    return Piece(name=f"{pieces[0].name}.transposed", shape=shape, what=Transposed(matrices=matrices))
 
 
 def _pad_rows(piece: Piece, width: int, dtype: str) -> Iterator[Piece]:

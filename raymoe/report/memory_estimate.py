@@ -18,7 +18,7 @@ from pathlib import Path
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import FOLDS
-from raymoe.planning.plan import Columns, Combine, MergePlan, Part, PartSource, Transform, WeightRef
+from raymoe.planning.plan import Columns, Combine, MergePlan, Part, PartSource, Transform, Transposed, WeightRef
 from raymoe.planning.totals import largest_layer
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
@@ -114,14 +114,15 @@ def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
 
 def _writing_bytes(plan: MergePlan, sent: int) -> int:
     """The memory of writing shards: blocks that are computed ahead, and parts of uploads."""
-    parts = (part for shard in plan.shards for part in shard.parts)
+    parts = [part for shard in plan.shards for part in shard.parts]
     computed = any(_is_slow(matrix.what) for part in parts for matrix in _matrices(part))
     ahead = THREADS * _BLOCK_BYTES if computed else 0
-    return ahead + min(_UPLOAD_BYTES, 3 * sent)
+    transposed = max((part.nbytes for part in parts if isinstance(part.what, Transposed)), default=0)
+    return ahead + transposed + min(_UPLOAD_BYTES, 3 * sent)
 
 
 def _matrices(part: Part) -> tuple[Part, ...]:
-    return part.what.matrices if isinstance(part.what, Columns) else (part,)
+    return part.what.matrices if isinstance(part.what, (Columns, Transposed)) else (part,)
 
 
 def _is_slow(what: PartSource) -> bool:
