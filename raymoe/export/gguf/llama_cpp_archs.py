@@ -412,7 +412,7 @@ MIXTURES = (
 NOT_CONVERTED: Mapping[str, str] = MappingProxyType(
     {
         "flex_olmo": "for which llama.cpp has no architecture",
-        "qwen3_vl_moe_text": "the experts of which are stored transposed; the same merge with modality: text is converted",
+        "qwen3_vl_moe_text": "with transposed experts; the same merge with modality: text is converted",
     }
 )
 """Model types of mixtures that raymoe writes, but not as GGUF, with the reason."""

@@ -12,7 +12,7 @@ from typing import Any
 from raymoe.architectures import DenseSpec
 from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR, SLIDING
 from raymoe.checkpoints.weight_table import RoutingRule
-from raymoe.export.gguf.choose_target import Target, rope_base
+from raymoe.export.gguf.choose_target import Target, rope_base, yarn_attention_factor
 from raymoe.export.gguf.llama_cpp_archs import LlamaCppArchitecture
 from raymoe.export.gguf.options import TensorType
 from raymoe.export.gguf.tensor_layout import GgufTensor
@@ -209,6 +209,8 @@ def _add_rope(writer: Any, spec: DenseSpec) -> None:
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings") or spec.max_positions)
+        if (attention := yarn_attention_factor(scaling)) != 1.0:
+            writer.add_rope_scaling_attn_factors(attention)
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
