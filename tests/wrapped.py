@@ -67,6 +67,13 @@ def _vision(model_type: str = "", **more: Any) -> dict[str, Any]:
     return {"vision_config": {**_VISION, **({"model_type": model_type} if model_type else {}), **more}}
 
 
+_VIBEVOICE_ENCODER = {
+    "model_type": "vibevoice_acoustic_tokenizer_encoder",
+    "hidden_size": 16,
+    "num_filters": 4,
+    "downsampling_ratios": [2, 2],
+    "depths": [1, 1, 1],
+}
 # Wrapper -> the family of its text, and the other keys of its config.
 WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", {"vision_config": {**_QWEN_VISION, "num_position_embeddings": 16}}),
@@ -211,12 +218,85 @@ WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "fast_vlm": ("qwen2", _vision("clip_vision_model", projection_dim=32)),
+    "perception_lm": ("llama", _vision("clip_vision_model", projection_dim=32, model_args={"embed_dim": 32})),
+    "granite4_vision": (
+        "granite",
+        {
+            **_vision("siglip_vision_model", hidden_size=64),
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[0, 1]],
+            "qformer_config": {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48},
+        },
+    ),
+    "granite_docling": (
+        "granite",
+        _vision(image_size=64, patch_size=16, out_hidden_size=HIDDEN, scale_factor=2, deepstack_visual_indexes=[0]),
+    ),
+    "paddleocr_vl": ("llama", _vision(spatial_merge_size=2)),
+    "hunyuan_vl": ("hunyuan_v1_dense", _vision(text_hidden_size=HIDDEN)),
+    "qwen2_5_omni_thinker": (
+        "qwen2",
+        {
+            "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1]},
+            "audio_config": {
+                **_AUDIO,
+                "d_model": 32,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 48,
+                "output_dim": HIDDEN,
+            },
+        },
+    ),
+    "vibevoice_asr": (
+        "qwen2",
+        {f"{kind}_tokenizer_encoder_config": _VIBEVOICE_ENCODER for kind in ("acoustic", "semantic")},
+    ),
+    "fun_asr_nano": (
+        "qwen3",
+        {
+            "audio_config": {
+                **_AUDIO_LAYERS,
+                "num_mel_bins": 8,
+                "num_stacked_frames": 2,
+                "num_timestamp_prediction_layers": 1,
+            },
+            "adaptor_config": {
+                "hidden_size": HIDDEN,
+                "intermediate_size": HIDDEN // 4,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 1,
+                "projector_hidden_size": 32,
+            },
+        },
+    ),
+    "emu3": (
+        "llama",
+        {
+            "vq_config": {
+                "codebook_size": 16,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+                "hidden_size": 32,
+            },
+            "vocabulary_map": {"<image>": 400},
+        },
+    ),
 }
 _MROPE = {"rope_type": "default", "rope_theta": 20_000.0, "mrope_section": [4, 2, 2]}
 _TEXT_KEYS: Mapping[str, dict[str, Any]] = {
     "qwen2_vl": {"model_type": "qwen2_vl_text", "rope_parameters": _MROPE},
     "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE},
     "gemma4_unified": {"model_type": "gemma4_unified_text", "final_logit_softcapping": 50.0},
+    "granite4_vision": {"model_type": "granite4_vision_text"},
+    "granite_docling": {"model_type": "granite_docling_text"},
+    "paddleocr_vl": {"model_type": "paddleocr_vl_text", "rope_parameters": _MROPE},
+    "hunyuan_vl": {"model_type": "hunyuan_vl_text", "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
+    "qwen2_5_omni_thinker": {"model_type": "qwen2_5_omni_text", "rope_parameters": _MROPE},
+    "emu3": {"model_type": "emu3_text_model"},
     "qwen3_vl": {"model_type": "qwen3_vl_text", "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
 }
 
@@ -225,6 +305,7 @@ _TEXT_KEYS: Mapping[str, dict[str, Any]] = {
 OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
     "llava": {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."},
     "qwen2_5_vl": {"model.": "model.language_model."},
+    "paddleocr_vl": {"model.language_model.": "model.", "model.projector.": "mlp_AR.", "model.visual.": "visual."},
     "mistral3": {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower."},
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from raymoe.architectures.dense_family import Scan
 from raymoe.architectures.rope import is_number, rope_kind, rope_parameters
-from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR, SLIDING
+from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR, SHARED, SLIDING
 
 
 def windows_everywhere(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -232,29 +232,44 @@ _GEMMA4_LAYER_KEYS = ("head_dim", "num_key_value_heads")
 
 
 def gemma4_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    """The last layer has no window, whatever the config says."""
+    """The kind of each layer. The last ones may have the keys and values of earlier ones."""
+    first_shared = layers - config["num_kv_shared_layers"]
+    types = _gemma4_types(config, layers)
+    return tuple(kind if layer < first_shared else SHARED + kind for layer, kind in enumerate(types))
+
+
+def _gemma4_types(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """For each layer, whether it has a window. The last one has none, whatever the config says."""
     every = _GEMMA4_PATTERN
     given = config.get("layer_types") or [SLIDING if n % every else ATTENTION for n in range(1, layers + 1)]
     return (*given[:-1], ATTENTION)
 
 
 def gemma4_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    return _windows_of(config, tuple(kind == SLIDING for kind in gemma4_kinds(config, layers)))
+    return _windows_of(config, tuple(kind == SLIDING for kind in _gemma4_types(config, layers)))
 
 
 def gemma4_limits(config: Mapping[str, Any]) -> list[str]:
     reasons = []
     if config["enable_moe_block"]:
         reasons.append("enable_moe_block is on: it is a mixture of experts already; experts are made of dense models")
-    if width := config["hidden_size_per_layer_input"]:
+    layers, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
+    types = _gemma4_types(config, layers)
+    if missing := {*types[max(0, layers - shared) :]}.difference(types[: max(0, layers - shared)]):
         reasons.append(
-            f"hidden_size_per_layer_input is {width}: each layer of such a model (E2B, E4B) reads an embedding of its "
-            "own, which raymoe does not run to read prompts"
+            f"num_kv_shared_layers is {shared}: these layers have the keys and values of an earlier one of their kind, "
+            f"and none before them is of kind {' or '.join(sorted(missing))}"
         )
-    if shared := config["num_kv_shared_layers"]:
+    if shared and not config["hidden_size_per_layer_input"]:
         reasons.append(
-            f"num_kv_shared_layers is {shared}: these layers have the keys and values of an earlier one, which raymoe, "
-            "running one layer at a time, does not keep"
+            f"num_kv_shared_layers is {shared} without hidden_size_per_layer_input: transformers runs such layers with "
+            "both only"
+        )
+    rows = config["vocab_size_per_layer_input"]
+    if config["hidden_size_per_layer_input"] and rows < config["vocab_size"]:
+        reasons.append(
+            f"vocab_size_per_layer_input is {rows}, less than vocab_size, {config['vocab_size']}: other tokens have no "
+            "input of layers"
         )
     if config.get("use_bidirectional_attention") == "all":
         reasons.append("use_bidirectional_attention is all: its tokens attend to later ones, so it is no causal model")
@@ -266,7 +281,7 @@ def _gemma4_head_limits(config: Mapping[str, Any]) -> list[str]:
     own = config.get("per_layer_config") or {}
     if not all(isinstance(each, Mapping) and not each.keys() - {*_GEMMA4_LAYER_KEYS} for each in own.values()):
         return [f"per_layer_config has other keys than {' and '.join(_GEMMA4_LAYER_KEYS)}"]
-    kinds = gemma4_kinds(config, config["num_hidden_layers"])
+    kinds = _gemma4_types(config, config["num_hidden_layers"])
     heads = [_gemma4_heads(config, layer, kind) for layer, kind in enumerate(kinds)]
     usual = (config["head_dim"], config["num_key_value_heads"])
     if any(each != (heads[-1] if kind == ATTENTION else usual) for each, kind in zip(heads, kinds, strict=True)):
@@ -297,8 +312,8 @@ def gemma4_values(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     head_dim, number = _gemma4_heads(config, layers - 1, ATTENTION)
     return {
-        "layer_types": list(gemma4_kinds(config, layers)),
+        "layer_types": list(_gemma4_types(config, layers)),
         "global_head_dim": head_dim,
         "num_global_key_value_heads": number,
-        "hidden_size_per_layer_input": 0,
+        "hidden_size_per_layer_input": config["hidden_size_per_layer_input"] or 0,
     }

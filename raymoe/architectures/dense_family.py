@@ -6,9 +6,9 @@ either needs only a table. The families are in families.py, their rows in tensor
 
     name    `{layer}` stands for the number of the layer; a tensor without it exists once
                                                          "model.layers.{layer}.mlp.up_proj.weight"
-    shape   symbols, which `DenseSpec.size_of` turns into numbers: its sizes (vocab, hidden, intermediate, heads,
-            head_dim), q_out (heads * head_dim), kv_out (key/value heads * head_dim), a key of `DenseFamily.carried`,
-            a number, and products (*) and sums (+) of these, without brackets
+    shape   symbols, which `DenseSpec.size_of` turns into numbers: its sizes (vocab, hidden, intermediate, layers,
+            heads, head_dim), q_out (heads * head_dim), kv_out (key/value heads * head_dim), a key of
+            `DenseFamily.carried`, a number, and products (*) and sums (+) of these, without brackets
                                                          ("q_out+2*kv_out", "hidden"), ("hidden", "1", "conv_L_cache")
     when    a flag: a boolean of `DenseSpec` (qkv_bias, untied) or a key of `DenseFamily.carried`. The row exists if it
             is set, and with "!" if it is not; 0, false and null are not set
@@ -112,6 +112,7 @@ class DenseFamily:
         limits: Reasons why no MoE architecture can represent a config, one text per reason.
         adjust: Config values that follow from others.
         ignored: Suffixes of tensor names in old checkpoints that no model reads.
+        ignored_in: The same for layers of one kind, which other layers have a use for.
         dropped: Keys without a meaning, or with another meaning, in the config.json of a mixture.
         mixture_keys: Those of `MIXTURE_KEYS` (moe_architecture.py) that its configuration class has too.
         reads_tokenizer_as_is: transformers 5 reads a tokenizer.json of this model type as it is, whatever class the
@@ -142,6 +143,7 @@ class DenseFamily:
     limits: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
+    ignored_in: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     mixture_keys: tuple[str, ...] = ()
     reads_tokenizer_as_is: bool = False

@@ -25,12 +25,15 @@ from raymoe.architectures.rope import (
     ropes_of_layers,
     rotary_share,
 )
-from raymoe.architectures.tensor_tables import LINEAR
+from raymoe.architectures.tensor_tables import LINEAR, SHARED, SLIDING
 from raymoe.architectures.unsupported_families import unsupported_reason
 from raymoe.errors import Problem, first_few
+from raymoe.tensor_names import HEAD, layer_of
 
 # Keys where null means that the model lacks the feature.
 NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank", "hidden_size_per_layer_input"})
+# The keys and values of one token, of which there are as many, in a layer without a window (Gemma 4's).
+_WINDOWLESS_KEYS = "num_global_key_value_heads*global_head_dim"
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -120,6 +123,32 @@ class DenseSpec:
         return [layer for layer, this in enumerate(self.kinds) if this == kind]
 
     @property
+    def layer_types(self) -> list[str]:
+        """`layer_types` of a config.json whose layers are of several kinds."""
+        return [kind.removeprefix(SHARED) for kind in self.kinds]
+
+    @cached_property
+    def ffn_widths(self) -> tuple[int, ...]:
+        """The width of each layer's FFN."""
+        return tuple(
+            next(self.shape_of(row)[-1] for row in self.rows(layer) if row.role == "ffn.down")
+            for layer in range(self.layers)
+        )
+
+    @property
+    def kept_keys(self) -> int:
+        """How many numbers per token the keys and values are that layers keep for later ones."""
+        shared = {kind.removeprefix(SHARED) for kind in self.kinds if kind.startswith(SHARED)}
+        return sum(2 * self.size_of("kv_out" if kind == SLIDING else _WINDOWLESS_KEYS) for kind in shared)
+
+    def ignores(self, name: str) -> bool:
+        """Whether no model reads this tensor, though checkpoints may hold it."""
+        layer = layer_of(name)
+        kind = self.kinds[layer] if self.kinds and layer is not None and layer < self.layers else ""
+        suffixes = (*self.family.ignored, *self.family.ignored_in.get(kind, ()))
+        return name.endswith(suffixes) or (name == HEAD and self.tied)
+
+    @property
     def has_mixed_windows(self) -> bool:
         """Whether some layers have a sliding window and some have none."""
         return len(set(self.sliding_layers)) > 1
@@ -145,6 +174,7 @@ class DenseSpec:
             "vocab": self.vocab,
             "hidden": self.hidden,
             "intermediate": self.intermediate,
+            "layers": self.layers,
             "heads": self.heads,
             "head_dim": self.head_dim,
             "q_out": self.heads * self.head_dim,
@@ -326,6 +356,7 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
         "a positive whole number",
     ),
     (("final_logit_softcapping",), is_positive, POSITIVE),
+    (("vocab_size_per_layer_input",), _is_positive_int, "a positive whole number"),
     (
         ("hidden_size_per_layer_input", "num_kv_shared_layers"),
         lambda v: v == 0 or _is_positive_int(v),
@@ -340,7 +371,7 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (
         (
             *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "conv_bias", "use_sliding_window"),
-            *("rope_interleave", "mamba_conv_bias", "mamba_proj_bias", "attention_k_eq_v"),
+            *("rope_interleave", "mamba_conv_bias", "mamba_proj_bias", "attention_k_eq_v", "use_double_wide_mlp"),
         ),
         lambda v: isinstance(v, bool),
         "true or false",
@@ -368,7 +399,10 @@ def _check_heads(merged: Mapping[str, Any], where: str) -> list[Problem]:
 def _check_layers(family: DenseFamily, merged: Mapping[str, Any], where: str) -> list[Problem]:
     """If `layer_types` matters, it must name every layer, with kinds that the family has."""
     types, layers = merged.get("layer_types"), merged["num_hidden_layers"]
-    known = {row.kind for row in family.rows if row.kind} or {"full_attention", "sliding_attention"}
+    known = {row.kind.removeprefix(SHARED) for row in family.rows if row.kind} or {
+        "full_attention",
+        "sliding_attention",
+    }
     if not types or not family.reads_layer_types:
         return []
     if len(types) != layers:

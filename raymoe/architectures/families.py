@@ -55,6 +55,7 @@ from raymoe.architectures.tensor_tables import (
     OLMO2_ROWS,
     PHI3_ROWS,
     QWEN3_5_ROWS,
+    SHARED,
     SLIDING,
 )
 
@@ -234,11 +235,16 @@ FAMILIES: Mapping[str, DenseFamily] = {
             switches=_ALL_BIASES,
             carried=(
                 *("global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", "rope_parameters"),
-                *("final_logit_softcapping", "hidden_size_per_layer_input", "num_kv_shared_layers"),
+                *("final_logit_softcapping", "hidden_size_per_layer_input", "vocab_size_per_layer_input"),
+                *("num_kv_shared_layers", "use_double_wide_mlp"),
             ),
             limits=gemma4_limits,
+            ignored_in={
+                SHARED + kind: tuple(f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm", "v_norm"))
+                for kind in (SLIDING, ATTENTION)
+            },
             adjust=gemma4_values,
-            dropped=("per_layer_config", "rope_theta", "use_double_wide_mlp", "vocab_size_per_layer_input"),
+            dropped=("per_layer_config", "rope_theta"),
             mixture_keys=("enable_moe_block", "num_experts", "top_k_experts", "moe_intermediate_size"),
             defaults={
                 **_COMMON_DEFAULTS,
@@ -251,6 +257,8 @@ FAMILIES: Mapping[str, DenseFamily] = {
                 "sliding_window": 512,
                 "tie_word_embeddings": True,
                 "hidden_size_per_layer_input": 256,
+                "vocab_size_per_layer_input": 262144,
+                "use_double_wide_mlp": False,
                 "num_kv_shared_layers": 0,
                 "enable_moe_block": False,
                 "rope_parameters": {

@@ -8,7 +8,8 @@ moe/. How names and shapes are written:
     backbone, router      `{layer}` stands for the number of the layer
     expert                `{layer}`, and `{expert}` for the number of the expert. A name without `{expert}` is a tensor
                           with all experts of the layer, (experts, rows, columns). Roles with the same name lie one
-                          after the other in it, in the order of the mapping
+                          after the other in it, in the order of the mapping. If `transposes_experts`, it is
+                          (experts, columns, rows)
     ConstantRow.shape     numbers, and symbols of `DenseSpec.size_of` (dense_family.py)
 """
 
@@ -99,6 +100,7 @@ class MoeArchitecture:
         backbone: Role to tensor name, of all but experts and routers. A model with another role does not fit.
         expert: Role to tensor name, of the FFN of an expert.
         copies: Role to further names of the same tensor, for what the MoE architecture has several times over.
+        transposes_experts: Its tensors with all experts of a layer hold their matrices transposed.
         router: The tensor name of a layer's router.
         router_factor: From the width of hidden states to the number that rows of the router are multiplied by in the
             file, since the architecture divides by it.
@@ -145,6 +147,7 @@ class MoeArchitecture:
     unsupported_reasons: Callable[[DenseSpec, MoeShape], list[str]]
     dense_family: str
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transposes_experts: bool = False
     router_factor: Callable[[int], float] = lambda hidden: 1.0
     windowed_family: str = ""
     qk_norm_family: str = ""

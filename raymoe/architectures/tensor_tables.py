@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from raymoe.architectures.dense_family import TensorRow
-from raymoe.tensor_names import EMBEDDING, HEAD, LAYER
+from raymoe.tensor_names import EMBEDDING, HEAD, LAYER, LAYER_EMBEDDINGS, LAYER_PROJECTION, LAYER_PROJECTION_NORM
 
 _PROJECTIONS = {
     "q": ("q_out", "hidden", "qkv_bias"),
@@ -140,6 +140,8 @@ PHI3_ROWS = (
 )
 CONV, ATTENTION, LINEAR = "conv", "full_attention", "linear_attention"
 SLIDING = "sliding_attention"
+SHARED = "shared_"
+"""Before a kind: the layer has no keys and values, but those of the last layer of this kind that has some."""
 
 
 def _granite4_rows() -> tuple[TensorRow, ...]:
@@ -279,7 +281,8 @@ def _qwen3_5_rows() -> tuple[TensorRow, ...]:
 
 def _gemma4_rows() -> tuple[TensorRow, ...]:
     """Four norms of the residual stream. Layers without a window have heads of their own, and with `attention_k_eq_v`
-    their values are their keys."""
+    their values are their keys. E2B and E4B have inputs per layer, and layers with the keys and values of earlier ones,
+    the FFN of which may be twice as wide."""
     sizes = {
         "q_out": "heads*global_head_dim",
         "kv_out": "num_global_key_value_heads*global_head_dim",
@@ -300,17 +303,41 @@ def _gemma4_rows() -> tuple[TensorRow, ...]:
         when = {"attn.v": "!attention_k_eq_v", "attn.v.bias": "windowless_v_bias"}.get(row.role, row.when)
         return replace(row, when=when, shape=tuple(sizes.get(size, size) for size in row.shape))
 
+    def shared(rows: tuple[TensorRow, ...], kind: str) -> tuple[TensorRow, ...]:
+        kept = (row for row in rows if row.role.startswith(("attn.q", "attn.o")))
+        return tuple(replace(row, kind=SHARED + kind) for row in kept)
+
+    def ffn(kind: str) -> tuple[TensorRow, ...]:
+        sizes = {"intermediate": f"intermediate+{wide}*intermediate"} if kind.startswith(SHARED) else {}
+        return tuple(replace(row, kind=kind, shape=tuple(sizes.get(s, s) for s in row.shape)) for row in _FFN)
+
+    inputs, wide = "hidden_size_per_layer_input", "use_double_wide_mlp"
+    with_window = attention(SLIDING)
+    without = tuple(without_window(row) for row in attention(ATTENTION))
+    packed = f"layers*{inputs}"
     return (
         _EMBED,
         TensorRow(role="norm.layer_scalar", name=f"{LAYER}layer_scalar", shape=("1",)),
-        *attention(SLIDING),
-        *(without_window(row) for row in attention(ATTENTION)),
-        *_FFN,
+        *with_window,
+        *without,
+        *shared(with_window, SLIDING),
+        *shared(without, ATTENTION),
+        *(row for kind in (SLIDING, ATTENTION, SHARED + SLIDING, SHARED + ATTENTION) for row in ffn(kind)),
         _norm("input", "input_layernorm"),
         _norm("post", "post_attention_layernorm"),
         _norm("pre_ffn", "pre_feedforward_layernorm"),
         _norm("post_ffn", "post_feedforward_layernorm"),
+        TensorRow(
+            role="inputs.gate", name=f"{LAYER}per_layer_input_gate.weight", shape=(inputs, "hidden"), when=inputs
+        ),
+        TensorRow(role="inputs.out", name=f"{LAYER}per_layer_projection.weight", shape=("hidden", inputs), when=inputs),
+        replace(_norm("inputs", "post_per_layer_input_norm"), when=inputs),
         _FINAL_NORM,
+        TensorRow(
+            role="embed_per_layer", name=LAYER_EMBEDDINGS, shape=("vocab_size_per_layer_input", packed), when=inputs
+        ),
+        TensorRow(role="inputs.projection", name=LAYER_PROJECTION, shape=(packed, "hidden"), when=inputs),
+        TensorRow(role="norm.projection", name=LAYER_PROJECTION_NORM, shape=(inputs,), when=inputs),
         _HEAD,
     )
 

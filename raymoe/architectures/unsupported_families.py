@@ -17,10 +17,6 @@ class UnsupportedFamily:
 
 _NO_GATE = "its FFN is two matrices without a gate, and the experts of every MoE architecture that fits have three"
 _CROSS = "its decoder attends to what an encoder computes, and no MoE architecture has such layers"
-_OWN_NAMES = (
-    "its text model is of a family that is listed, or close to one, but raymoe has no table of its tensor names and "
-    "config; a text model that is saved by itself as one of that family can be merged"
-)
 _HYBRID = "it is a hybrid of attention and state-space layers, which raymoe's tables do not describe"
 
 UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
@@ -45,12 +41,6 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         title="OLMo 3",
         model_types=("olmo3", "olmo_hybrid"),
         reason="most of its layers have a sliding window (in the hybrid: no attention), and FlexOlmo's have none",
-    ),
-    UnsupportedFamily(
-        title="EXAONE 3",
-        model_types=("exaone",),
-        reason="its tensors have names of their own (`transformer.h`), which raymoe does not read; it computes what a "
-        "Llama computes, and saved as one it can be merged",
     ),
     UnsupportedFamily(
         title="EXAONE 4",
@@ -250,13 +240,11 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         reason="its text model is a Gemma 1 to 3, which Gemma 4's MoE does not compute",
     ),
     UnsupportedFamily(
-        title="Other image-text and audio-text models around dense models",
-        model_types=(
-            *("cosmos3_omni", "emu3", "fast_vlm", "fun_asr_nano", "granite4_vision", "granite_docling", "hunyuan_vl"),
-            *("omniasr", "paddleocr_vl", "perception_lm", "phi4_multimodal", "qwen2_5_omni", "qwen2_5_omni_thinker"),
-            "vibevoice_asr",
-        ),
-        reason=_OWN_NAMES,
+        title="Cosmos 3",
+        model_types=("cosmos3_omni",),
+        reason="its checkpoints hold a second model, which makes images and video, under the same names as its text "
+        "model, and raymoe has no table that tells them apart; its text model is a Qwen3, and saved as one it can be "
+        "merged",
     ),
     UnsupportedFamily(
         title="Pixtral's vision encoder",
@@ -310,8 +298,8 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
             *("glm_moe_dsa", "hy_v4", "hy_v4_vl", "inkling_mm_model", "inkling_text", "inkling2", "inkling2_text"),
             *("inkling2_loop", "inkling2_loop_text", "kimi_k25", "kolibri1", "lara_mini", "minimax_m3_vl"),
             *("minimax_m3_vl_text", "mistral4", "mistral_large4", "muse_spark", "qwen3_omni_moe"),
-            *("qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text", "sarvam_mla", "sarvam_moe"),
-            *("step3p7", "unlimited_ocr", "zaya"),
+            *("qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen4_exp", "qwen4_exp_text"),
+            *("sarvam_mla", "sarvam_moe", "step3p7", "unlimited_ocr", "zaya"),
         ),
         reason="it is a mixture of experts already; experts are made of dense models",
     ),

@@ -3,7 +3,8 @@
 A mixture is a dense decoder with another module in place of the FFN. So its weights have dense names, and weights of
 the MoE block are under the FFN's name (`mlp.` in most families):
 
-    mlp.experts.3.gate   mlp.experts.3.up   mlp.experts.3.down   mlp.router
+    mlp.experts.3.gate   mlp.experts.3.up   mlp.experts.3.down   mlp.router     (experts that are stored transposed:
+    mlp.experts.3.gate_up_t                 mlp.experts.3.down_t                 columns of gate, then those of up)
     mlp.shared.gate      mlp.shared.up      mlp.shared.down      mlp.shared_router
 """
 
@@ -48,6 +49,9 @@ _DENSE_KEYS = (
     "tie_word_embeddings",
     "attention_bias",
 )
+TRANSPOSED = ("gate_up_t", "down_t")
+"""The names of an expert's weights if they are stored transposed: gate and up (hidden, 2 * width), down (width,
+hidden)."""
 _FUSED = "experts.gate_up_proj"
 # The most experts in all layers together, if those of a layer are in one tensor. (If each has its own tensors, there
 # are no more experts than tensors.) The largest mixtures have 60,000.
@@ -275,13 +279,25 @@ def _entries(
         prefix = f"model.layers.{layer}.{spec.family.ffn}."
         yield f"{prefix}router", tensors[architecture.router.format(layer=layer)]
         for expert in range(rule.experts):
-            for role, entry in _ffn(architecture.expert, tensors, layer, expert):
+            of_expert = _transposed_ffn if architecture.transposes_experts else _ffn
+            for role, entry in of_expert(architecture.expert, tensors, layer, expert):
                 yield f"{prefix}experts.{expert}.{role}", entry
         if rule.has_shared_expert:
             for role, entry in _ffn(architecture.shared, tensors, layer, 0):
                 yield f"{prefix}shared.{role}", entry
             if rule.has_shared_gate:
                 yield f"{prefix}shared_router", tensors[architecture.shared_router.format(layer=layer)]
+
+
+def _transposed_ffn(
+    names: Mapping[str, str], tensors: Mapping[str, TensorEntry], layer: int, expert: int
+) -> Iterator[tuple[str, TensorEntry]]:
+    """(gate_up_t or down_t, its entry) of one expert. The tensors hold all experts of a layer."""
+    for name, role in ((TRANSPOSED[0], "ffn.gate"), (TRANSPOSED[1], "ffn.down")):
+        entry = tensors[names[role].format(layer=layer)]
+        _, rows, width = entry.shape
+        flat = replace(entry, shape=(entry.shape[0] * rows, width))
+        yield name, slice_rows(flat, expert * rows, (expert + 1) * rows)
 
 
 def _ffn(

@@ -118,6 +118,9 @@ class GenerationModel:
                     child.embed_scale = torch.tensor(child.scalar_embed_scale, device=self._device)
                 elif computed:  # the angles of RoPE
                     setattr(parent, name, type(child)(config=config).to(self._device))
+        if hasattr(module.model, "first_kv_shared_layer_idx"):
+            # From this layer on, Gemma 4 runs the last token of a prompt only. Here, all tokens choose experts.
+            module.model.first_kv_shared_layer_idx = len(module.model.layers)
         for layer in module.model.layers:
             setattr(layer, self._family.ffn, torch.nn.Identity())
         module.generation_config = GenerationConfig()  # a family's default names tokens of another tokenizer

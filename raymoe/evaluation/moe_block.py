@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from raymoe.checkpoints.weight_table import RoutingRule
+from raymoe.checkpoints.weight_table import TRANSPOSED, RoutingRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,5 +84,9 @@ class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy h
 
     def _ffn(self, name: str, states_NH: torch.Tensor) -> torch.Tensor:
         linear, held = torch.nn.functional.linear, self._tensors
+        gate_up, down = (f"{name}.{each}" for each in TRANSPOSED)
+        if gate_up in held:
+            gate, up = (states_NH @ held[gate_up]).chunk(2, dim=-1)
+            return (self._activation(gate) * up) @ held[down]
         inner = self._activation(linear(states_NH, held[f"{name}.gate"])) * linear(states_NH, held[f"{name}.up"])
         return linear(inner, held[f"{name}.down"])

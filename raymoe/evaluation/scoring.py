@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -63,7 +63,7 @@ def log_likelihoods(
     """
     with torch.inference_mode():
         found: dict[str, list[Float32]] = {variant.name: [np.empty(0, np.float32)] * len(texts) for variant in variants}
-        for numbers in _passes(texts, 4 * model.spec.hidden * len(variants)):
+        for numbers in _passes(texts, 4 * (model.spec.hidden + model.spec.kept_keys) * len(variants)):
             one_pass = _Pass(model, texts, numbers, variants, reader, device)
             one_pass.run(work_done)
             for variant in variants:
@@ -101,6 +101,9 @@ class _Pass:
         self._batches = [Batch([texts[number] for number in group]) for group in self._groups]
         embedded = [self._decoder.embed(batch) for batch in self._batches]
         self._states = {variant.name: list(embedded) for variant in variants}
+        inputs = self._decoder.prepare_inputs(self._batches)
+        # Keys and values depend on the variant.
+        self._inputs = {v.name: [replace(of_batch, keys_values={}) for of_batch in inputs] for v in variants}
         self._values: dict[str, list[torch.Tensor]] = {}
 
     def run(self, work_done: Callable[[int], None]) -> None:
@@ -109,7 +112,7 @@ class _Pass:
                 states = self._states[variant.name]
                 for number, batch in enumerate(self._batches):
                     self._set_route(layer, variant, number)
-                    states[number] = self._decoder.run_layer(layer, states[number])
+                    states[number] = self._decoder.run_layer(layer, states[number], self._inputs[variant.name][number])
                     self._report_routing(layer, variant, number)
                     work_done(int(batch.lengths.sum()))
         self._score(work_done)

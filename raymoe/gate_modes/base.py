@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from raymoe.tensor_names import EMBEDDING, layer_of
+from raymoe.tensor_names import EMBEDDING, LAYER_INPUTS, layer_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +68,8 @@ class GateMode:
         """
         if name == EMBEDDING:
             return self.needs_prompts
+        if name in LAYER_INPUTS:
+            return self.needs_forward_pass
         layer = layer_of(name)
         if not self.needs_forward_pass or layer is None:
             return False

@@ -34,7 +34,7 @@ from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts, SideFile, TensorEntry
 from raymoe.tensor_names import EMBEDDING, HEAD, layer_of
 
-_EMBEDDING_ROLES = ("embed", "lm_head")
+_EMBEDDING_ROLES = ("embed", "embed_per_layer", "lm_head")
 _NAMED = 3  # tensors per note
 
 

@@ -30,7 +30,7 @@ from raymoe.planning.compatibility import (
 )
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.invariants import check_plan
-from raymoe.planning.modality import choose_wrapper, wrap_tensors
+from raymoe.planning.modality import choose_wrapper, in_wrapper, wrap_tensors
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, CONFIG_KEYS, ROUTER, Owner
 from raymoe.planning.plan import GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.planning.prompt_checks import prompt_warnings
@@ -120,9 +120,9 @@ def build_plan(
     problems = list(dict.fromkeys([*problems, *modality_problems]))
     if problems or selection.architecture is None:
         raise ProblemReport(problems)
-    dtype = _output_dtype(config, base_facts)
-    backbone = plan_backbone(config.backbone, base_facts, base, members, selection.architecture, dtype, differing)
-    return _assemble(config, options, base_facts, base, members, moe, selection.architecture, backbone, dtype, wrapper)
+    dtype, architecture = _output_dtype(config, base_facts), in_wrapper(selection.architecture, wrapper)
+    backbone = plan_backbone(config.backbone, base_facts, base, members, architecture, dtype, differing)
+    return _assemble(config, options, base_facts, base, members, moe, architecture, backbone, dtype, wrapper)
 
 
 def _tokenizer_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:

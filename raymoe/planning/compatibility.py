@@ -61,6 +61,9 @@ def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes
             what = f"{name} is {got}, but the base's is {expected}"
             remedy = "experts must have the base's depth, widths and activation; use fine-tunes of the same model"
             problems.append(Problem(where=where, what=what, remedy=remedy))
+    if not problems and expert.ffn_widths != base.ffn_widths:
+        what = "some of its layers have an FFN of another width than the base's (use_double_wide_mlp)"
+        problems.append(Problem(where=where, what=what, remedy="use fine-tunes of the same model"))
     return problems
 
 
@@ -160,8 +163,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
 
 
 def _unmapped(facts: ModelFacts, spec: DenseSpec, known: object) -> list[str]:
-    ignored = spec.family.ignored + ((HEAD,) if spec.tied else ())
-    return [n for n in facts.index.tensors if n not in known and not n.endswith(ignored)]  # type: ignore[operator]
+    return [n for n in facts.index.tensors if n not in known and not spec.ignores(n)]  # type: ignore[operator]
 
 
 def find_non_finite(models: Mapping[str, ModelFacts]) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from raymoe.planning.plan import Columns, Combine, Copy, Shard
+from raymoe.planning.plan import Columns, Combine, Copy, Shard, Transposed
 from raymoe.planning.shard_packing import OutputTensor
 from raymoe.sources.dtypes import tensor_nbytes
 
@@ -26,7 +26,7 @@ def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None
         for part in shard.parts:
             assert part.start == end, f"{part.name}: gap or overlap in {shard.file_name}"
             assert part.nbytes == tensor_nbytes(part.dtype, part.shape), f"{part.name}: bytes do not fit its shape"
-            matrices = part.what.matrices if isinstance(part.what, Columns) else (part,)
+            matrices = part.what.matrices if isinstance(part.what, (Columns, Transposed)) else (part,)
             for matrix in matrices:
                 if isinstance(matrix.what, Copy):
                     source = matrix.what.source
@@ -38,6 +38,9 @@ def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None
             if isinstance(part.what, Columns):
                 assert {(matrix.dtype, matrix.shape[0]) for matrix in matrices} == {(part.dtype, part.shape[0])}
                 assert sum(matrix.nbytes for matrix in matrices) == part.nbytes, f"{part.name}: columns missing"
+            if isinstance(part.what, Transposed):
+                assert {(matrix.dtype, matrix.shape[1]) for matrix in matrices} == {(part.dtype, part.shape[0])}
+                assert sum(matrix.nbytes for matrix in matrices) == part.nbytes, f"{part.name}: rows missing"
             end = part.end
         for tensor, of_tensor in groupby(shard.parts, key=lambda part: part.tensor):
             pieces = list(of_tensor)

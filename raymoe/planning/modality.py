@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from raymoe.architectures import MoeArchitecture
+from raymoe.architectures import MoeArchitecture, find_moe_architecture
 from raymoe.architectures.wrappers import MIXTURE_WRAPPERS, Wrapper, find_wrapper, mixture_wrapper
 from raymoe.config.schema import Modality
 from raymoe.errors import Problem
@@ -24,7 +24,8 @@ def choose_wrapper(
 ) -> tuple[Wrapper | None, list[Problem]]:
     """The wrapper of the output, None for a text model; and why `modality: image-text` is not possible.
 
-    A config without `modality` gets an image-text model wherever transformers has one.
+    A config without `modality` gets an image-text model wherever transformers has one. `in_wrapper` gives the form that
+    the architecture has there.
     """
     wrapper = mixture_wrapper(base.wrapper_config, architecture.model_type) if architecture else None
     if modality == "text" or architecture is None:
@@ -40,6 +41,13 @@ def choose_wrapper(
         known = ", ".join(mixture.title for mixture in MIXTURE_WRAPPERS.values())
         remedy = f"use modality: text, which leaves the encoder out (image-text mixtures: {known})"
     return None, [Problem(where="modality", what=what, remedy=remedy)]
+
+
+def in_wrapper(architecture: MoeArchitecture, wrapper: Wrapper | None) -> MoeArchitecture:
+    """The form that a MoE architecture has in a wrapper: often its own."""
+    if wrapper is None:
+        return architecture
+    return find_moe_architecture({"model_type": wrapper.text_type}) or architecture
 
 
 def wrap_tensors(tensors: Sequence[OutputTensor], wrapper: Wrapper, base: ModelFacts) -> list[OutputTensor]:

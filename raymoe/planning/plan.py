@@ -4,7 +4,7 @@ later.
     MergePlan
       .shards      Shard: one output file, its header final, its parts back to back
         .parts     Part: one output tensor, or one expert's share of it; bytes [start, end) of the shard
-          .what    Copy | Transform | Combine | Columns | Router | Constant: where those bytes come from
+          .what    Copy | Transform | Combine | Columns | Transposed | Router | Constant: where those bytes come from
       .gates       GatePlan: which prompts are read by which model to make the router rows
       .moments     MomentPlan: the same for a backbone that is merged by what prompts give; None for others
       .side_files  small files taken over from the base byte for byte
@@ -202,7 +202,18 @@ class Columns:
     matrices: tuple[Part, ...]
 
 
-PartSource = Copy | Transform | Combine | Columns | Router | Constant
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transposed:
+    """Matrices one below the other, transposed: the columns of the first, then those of the second, and so on, lie side
+    by side in each row.
+
+    Each is a part of its own, as in `Columns`; they agree in dtype and number of columns.
+    """
+
+    matrices: tuple[Part, ...]
+
+
+PartSource = Copy | Transform | Combine | Columns | Transposed | Router | Constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +246,7 @@ class Part:
     @property
     def sources_read(self) -> tuple[Copy | Transform, ...]:
         """The sources that are read for it, except for combinations, which read their tensors several times."""
-        if isinstance(self.what, Columns):
+        if isinstance(self.what, (Columns, Transposed)):
             return tuple(source for matrix in self.what.matrices for source in matrix.sources_read)
         return (self.what,) if isinstance(self.what, (Copy, Transform)) else ()
 

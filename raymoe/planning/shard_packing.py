@@ -19,7 +19,17 @@ from itertools import groupby
 
 from raymoe.object_store.protocol import MIN_PART_BYTES
 from raymoe.planning.owner import Owner
-from raymoe.planning.plan import Columns, Combine, Copy, Part, PartSource, Shard, Transform, WholeTensor
+from raymoe.planning.plan import (
+    Columns,
+    Combine,
+    Copy,
+    Part,
+    PartSource,
+    Shard,
+    Transform,
+    Transposed,
+    WholeTensor,
+)
 from raymoe.sources.dtypes import DTYPE_BYTES
 
 # Data starts at a multiple of this in every shard; 64 is enough for every dtype and for readers that map files.
@@ -74,7 +84,7 @@ def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[Owner], max_sh
 def _source_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
     def key(tensor: OutputTensor) -> tuple[str, int, str]:
         what = tensor.pieces[0].what
-        if isinstance(what, Columns):
+        if isinstance(what, (Columns, Transposed)):
             what = what.matrices[0].what
         if isinstance(what, Combine):
             entry = what.combination.base.entry

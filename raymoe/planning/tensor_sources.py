@@ -23,6 +23,7 @@ from raymoe.planning.plan import (
     PartSource,
     Router,
     Transform,
+    Transposed,
     WeightRef,
 )
 from raymoe.planning.shard_packing import OutputTensor, Piece
@@ -121,23 +122,48 @@ def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: 
 def _fuse_experts(
     members: Sequence[Member], architecture: MoeArchitecture, dtype: str, seed: int
 ) -> Iterator[OutputTensor]:
-    """The FFNs of all experts of a layer as the architecture's few tensors of (experts, rows, columns)."""
+    """The FFNs of all experts of a layer as the architecture's few tensors of (experts, rows, columns). All layers have
+    the width of the widest: narrower FFNs end with zeros."""
+    width = max(members[0].spec.ffn_widths)
     for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
         for template, roles in _roles_by_name(architecture.expert).items():
-            first = of_layer[0]
-            output = template.format(layer=first[roles[0]].layer)
-            rows, width = sum(first[role].shape[0] for role in roles), first[roles[0]].shape[1]
-            yield OutputTensor(
-                name=output,
-                dtype=dtype,
-                shape=(len(members), rows, width),
-                owner=ALL_EXPERTS,
-                what=tuple(
-                    piece
-                    for member, matrices in zip(members, of_layer, strict=True)
-                    for piece in _pieces(f"{output}[{member.owner.index}]", matrices, roles)
-                ),
+            output = template.format(layer=of_layer[0][roles[0]].layer)
+            what = tuple(
+                padded
+                for member, matrices in zip(members, of_layer, strict=True)
+                for role, piece in zip(roles, _pieces(f"{output}[{member.owner.index}]", matrices, roles), strict=True)
+                for padded in (_pad_columns if role == "ffn.down" else _pad_rows)(piece, width, dtype)
             )
+            if architecture.transposes_experts:
+                each = [what[start : start + len(roles)] for start in range(0, len(what), len(roles))]
+                what = tuple(_transpose(pieces, dtype) for pieces in each)
+            rows = sum(piece.shape[0] for piece in what) // len(members)
+            shape = (len(members), rows, what[0].shape[1])
+            yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=ALL_EXPERTS, what=what)
+
+
+def _transpose(pieces: Sequence[Piece], dtype: str) -> Piece:
+    """Matrices one below the other, transposed."""
+    matrices = tuple(_single_part(piece, dtype) for piece in pieces)
+    shape = (pieces[0].shape[1], sum(piece.shape[0] for piece in pieces))
+    return Piece(name=f"{pieces[0].name}.transposed", shape=shape, what=Transposed(matrices=matrices))
+
+
+def _pad_rows(piece: Piece, width: int, dtype: str) -> Iterator[Piece]:
+    """`piece`, and rows of zeros up to `width`."""
+    yield piece
+    if missing := width - piece.shape[0]:
+        yield Piece(name=f"{piece.name}.zeros", shape=(missing, piece.shape[1]), what=Constant())
+
+
+def _pad_columns(piece: Piece, width: int, dtype: str) -> Iterator[Piece]:
+    """`piece` with columns of zeros up to `width`."""
+    if not (missing := width - piece.shape[1]):
+        yield piece
+        return
+    zeros = Piece(name=f"{piece.name}.zeros", shape=(piece.shape[0], missing), what=Constant())
+    matrices = tuple(_single_part(each, dtype) for each in (piece, zeros))
+    yield replace(piece, shape=(piece.shape[0], width), what=Columns(matrices=matrices))
 
 
 def _widen_shared(members: Sequence[Member], names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:

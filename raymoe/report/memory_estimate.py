@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from raymoe.architectures import DenseSpec, read_spec
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import FOLDS
 from raymoe.planning.plan import (
@@ -26,6 +27,7 @@ from raymoe.planning.plan import (
     PartSource,
     PromptPlan,
     Transform,
+    Transposed,
     WeightRef,
 )
 from raymoe.planning.totals import largest_layer
@@ -37,7 +39,7 @@ from raymoe.routers.regmean_memory import inputs_bytes, max_merges_at_once, merg
 from raymoe.routers.tokenize import batches, chunk_size, read_scan, round_up
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.transform import THREADS
-from raymoe.tensor_names import EMBEDDING, layer_of
+from raymoe.tensor_names import EMBEDDING, LAYER_EMBEDDINGS, layer_of
 
 # Resident bytes of an actor that only copies, of one that has read embeddings, and of one that has imported torch and
 # parts of transformers, and has tokenized its prompts.
@@ -156,9 +158,10 @@ def _reading_bytes(
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
     common = _TOKEN_BYTES * one.tokens + kept
+    vocab = one.members[0].weights[EMBEDDING].entry.shape[0]
+    held = one.tokens * (hidden + _kept_keys(one)) + min(one.tokens, vocab) * _layer_input_numbers(one)
     reading = {
-        width: one.tokens * hidden * width + _work_bytes(plan.hidden, one, width) + _adapter_bytes(one, width)
-        for width in {here, stored}
+        width: held * width + _work_bytes(hidden, one, width) + _adapter_bytes(one, width) for width in {here, stored}
     }
     return {
         "cpu": common + max(min(2, run) * elements * here + reading[here], computing * computed_at_once),
@@ -169,14 +172,15 @@ def _reading_bytes(
 
 def _writing_bytes(plan: MergePlan, sent: int) -> int:
     """The memory of writing shards: blocks that are computed ahead, and parts of uploads."""
-    parts = (part for shard in plan.shards for part in shard.parts)
+    parts = [part for shard in plan.shards for part in shard.parts]
     computed = any(_is_slow(matrix.what) for part in parts for matrix in _matrices(part))
     ahead = THREADS * _BLOCK_BYTES if computed else 0
-    return ahead + min(_UPLOAD_BYTES, 3 * sent)
+    transposed = max((part.nbytes for part in parts if isinstance(part.what, Transposed)), default=0)
+    return ahead + transposed + min(_UPLOAD_BYTES, 3 * sent)
 
 
 def _matrices(part: Part) -> tuple[Part, ...]:
-    return part.what.matrices if isinstance(part.what, Columns) else (part,)
+    return part.what.matrices if isinstance(part.what, (Columns, Transposed)) else (part,)
 
 
 def _is_slow(what: PartSource) -> bool:
@@ -239,6 +243,18 @@ def _work_bytes(hidden: int, one: _Pass, width: int) -> int:
     scan = read_scan(config)
     scanning = 4 * one.scanned * scan.numbers if scan else 0
     return one.batch_tokens * width * (3 * wide + 6 * hidden) + mask + scanning
+
+
+def _kept_keys(one: _Pass) -> int:
+    """How many numbers per token layers keep for later ones."""
+    spec = read_spec(one.members[0].config, "")
+    return spec.kept_keys if isinstance(spec, DenseSpec) else 0
+
+
+def _layer_input_numbers(one: _Pass) -> int:
+    """How many numbers the layers are given for each distinct token besides hidden states."""
+    ref = one.members[0].weights.get(LAYER_EMBEDDINGS)
+    return ref.entry.shape[1] if ref is not None else 0
 
 
 def _activation_bytes(plan: MergePlan, tokens: int) -> int:

@@ -150,6 +150,7 @@ def _kinds(plan: MergePlan) -> str:
         "transform": "transformed",
         "combine": "combined",
         "columns": "put side by side",
+        "transposed": "transposed",
         "router": "routers",
         "constant": "constants",
     }

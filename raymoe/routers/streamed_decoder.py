@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from types import SimpleNamespace
@@ -38,9 +39,10 @@ from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 from raymoe.storage.combine import weight_rows
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import permute_heads
-from raymoe.tensor_names import EMBEDDING, HEAD
+from raymoe.tensor_names import EMBEDDING, HEAD, LAYER_EMBEDDINGS, LAYER_PROJECTION, LAYER_PROJECTION_NORM
 
 _ROTARY_WEIGHTS = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
+_TOKENS_AT_ONCE = 1024  # of inputs per layer, which are some 10,000 numbers per token
 _NON_FINITE = ("Infinity", "-Infinity", "NaN")  # as transformers 5 names them
 StatesCallback = Callable[[int, int, torch.Tensor], None]
 InputsCallback = Callable[[int, int, str, torch.Tensor], None]
@@ -54,6 +56,25 @@ class StreamableModel(Protocol):
 
     @property
     def weights(self) -> Mapping[str, WeightRef]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInputs:
+    """What layers are given besides hidden states, in families that have it (Gemma 4).
+
+    Attributes:
+        table: Inputs of each layer for each distinct token of some batches, (tokens, layers, width).
+        rows: For each token of this batch, its row of the table, (batch, tokens).
+        keys_values: By kind of layer, the keys and values that later layers read. Layers put them there.
+    """
+
+    table: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    keys_values: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, layer: int) -> dict[str, torch.Tensor]:
+        """The arguments of a layer, (batch, tokens, width)."""
+        return {} if self.table is None else {"per_layer_input": self.table[self.rows, layer]}
 
 
 def _ffn_input_hook(
@@ -196,13 +217,15 @@ class StreamedDecoder:
         `on_ffn_inputs` is called as by `router_inputs`, for the layers that are run.
         """
         models = models or [0] * len(batches)
-        states = self._embed_all(batches, models)
+        states, inputs = self._embed_all(batches, models), self.prepare_inputs(batches, models)
         for number, hidden in enumerate(states):
             on_hidden_states(0, number, hidden)
         for layer in self.loaded_layers(layers - 1):
             for number, model in enumerate(models):
                 self.activate_adapters(model)
-                states[number].copy_(self._run_with_hook(layer, number, states[number], on_ffn_inputs))
+                output = self._run_with_hook(layer, number, states[number], inputs[number], on_ffn_inputs)
+                states[number].copy_(output)
+                del output
                 on_hidden_states(layer + 1, number, states[number])
             yield layer
         yield layers - 1
@@ -222,11 +245,11 @@ class StreamedDecoder:
         layer is neither read nor run.
         """
         models = models or [0] * len(batches)
-        states = self._embed_all(batches, models)
+        states, inputs = self._embed_all(batches, models), self.prepare_inputs(batches, models)
         for layer in self.loaded_layers(layers, last_ffn=False):
             for number, model in enumerate(models):
                 self.activate_adapters(model)
-                output = self._run_with_hook(layer, number, states[number], on_hidden_states)
+                output = self._run_with_hook(layer, number, states[number], inputs[number], on_hidden_states)
                 if layer < layers - 1:
                     states[number].copy_(output)
                 del output
@@ -247,12 +270,12 @@ class StreamedDecoder:
         Raises MergeFailed if one of them is no linear module.
         """
         models = models or [0] * len(batches)
-        states = self._embed_all(batches, models)
+        states, inputs = self._embed_all(batches, models), self.prepare_inputs(batches, models)
         for layer in self.loaded_layers(len(modules), last_ffn=False):
             for number, model in enumerate(models):
                 self.activate_adapters(model)
                 with torch.inference_mode(), self._watched(layer, number, modules[layer], on_inputs):
-                    output = self.run_layer(layer, states[number])
+                    output = self.run_layer(layer, states[number], inputs[number])
                 if layer < len(modules) - 1:
                     states[number].copy_(output)
                 del output
@@ -293,13 +316,66 @@ class StreamedDecoder:
         return states
 
     def _run_with_hook(
-        self, layer: int, number: int, hidden_BTH: torch.Tensor, on_ffn_inputs: StatesCallback | None
+        self,
+        layer: int,
+        number: int,
+        hidden_BTH: torch.Tensor,
+        inputs: LayerInputs,
+        on_ffn_inputs: StatesCallback | None,
     ) -> torch.Tensor:
         with torch.inference_mode():
             if on_ffn_inputs is None:
-                return self.run_layer(layer, hidden_BTH)
+                return self.run_layer(layer, hidden_BTH, inputs)
             with self.ffn_of(layer).register_forward_pre_hook(partial(_ffn_input_hook, on_ffn_inputs, layer, number)):
-                return self.run_layer(layer, hidden_BTH)
+                return self.run_layer(layer, hidden_BTH, inputs)
+
+    def prepare_inputs(self, batches: Sequence[Batch], models: Sequence[int] | None = None) -> list[LayerInputs]:
+        """What the layers are given for each batch besides hidden states. `models` as in `layer_inputs`."""
+        if LAYER_EMBEDDINGS not in self._weights:
+            return [LayerInputs() for _ in batches]
+        models = models or [0] * len(batches)
+        tokens = {number: self._distinct_tokens(batches, models, number) for number in set(models)}
+        tables = {number: self._inputs_of_tokens(found, number) for number, found in tokens.items()}
+        return [
+            LayerInputs(
+                table=tables[model], rows=torch.searchsorted(tokens[model], batch.ids.to(self._device).contiguous())
+            )
+            for batch, model in zip(batches, models, strict=True)
+        ]
+
+    def _distinct_tokens(self, batches: Sequence[Batch], models: Sequence[int], model: int) -> torch.Tensor:
+        """The ids of all tokens that a model reads, in ascending order."""
+        ids = [batch.ids.flatten() for batch, number in zip(batches, models, strict=True) if number == model]
+        return torch.cat(ids).unique().to(self._device)
+
+    def _inputs_of_tokens(self, tokens: torch.Tensor, model: int) -> torch.Tensor:
+        """The inputs of all layers for tokens, (tokens, layers, width): of the token's own row of an embedding, and of
+        its hidden state before the first layer."""
+        refs, module = self._models[model].weights, self._model
+        projection, norm = module.per_layer_model_projection, module.per_layer_projection_norm
+        matrix = weight_rows(self._reader, refs[LAYER_PROJECTION], slice(0, refs[LAYER_PROJECTION].entry.shape[0]))
+        weight = torch.from_numpy(matrix).to(self._device, self._dtype)
+        projection.load_state_dict({"weight": weight}, assign=True)
+        weight = load_ref(self._reader, refs[LAYER_PROJECTION_NORM], self._dtype).to(self._device)
+        norm.load_state_dict({"weight": weight}, assign=True)
+        layers, width = self._config.num_hidden_layers, self._config.hidden_size_per_layer_input
+        table = torch.empty(len(tokens), layers, width, dtype=self._dtype, device=self._device)
+        with torch.inference_mode():
+            for some, rows in zip(tokens.split(_TOKENS_AT_ONCE), table.split(_TOKENS_AT_ONCE), strict=True):
+                own = self._embedding(refs[LAYER_EMBEDDINGS], some, width).view(1, *rows.shape)
+                states = self._embedding(refs[EMBEDDING], some, self._config.hidden_size)
+                rows.copy_(module.project_per_layer_inputs(states[None], own)[0])
+        self._reader.release()
+        return table
+
+    def _embedding(self, ref: WeightRef, tokens: torch.Tensor, width: int) -> torch.Tensor:
+        """Scaled rows of an embedding, (tokens, columns). Each consists of vectors of `width` numbers."""
+        ids = tokens.tolist()
+        rows = embedding_rows(self._reader, ref, ids)
+        states = torch.from_numpy(np.stack([rows[token] for token in ids])).to(self._device, self._dtype)
+        if self._family.scales_embeddings:
+            return states * torch.tensor(width**0.5).to(states)
+        return states * getattr(self._config, "embedding_multiplier", 1.0)
 
     def loaded_layers(self, count: int, *, last_ffn: bool = True) -> Iterator[int]:
         """The numbers of the first `count` layers; each is prefetched while the one before it is in use.
@@ -403,23 +479,19 @@ class StreamedDecoder:
 
     def embed(self, batch: Batch, model: int = 0) -> torch.Tensor:
         """The input of layer 0, (batch, tokens, hidden)."""
-        ref = self._models[model].weights[EMBEDDING]
-        rows = embedding_rows(self._reader, ref, batch.ids.flatten().tolist())
-        hidden = torch.from_numpy(np.stack([rows[token] for token in batch.ids.flatten().tolist()]))
-        hidden = hidden.reshape(*batch.ids.shape, -1).to(self._device, self._dtype)
-        if self._family.scales_embeddings:
-            return hidden * torch.tensor(hidden.shape[-1] ** 0.5).to(hidden)
-        return hidden * getattr(self._config, "embedding_multiplier", 1.0)
+        hidden = self._embedding(self._models[model].weights[EMBEDDING], batch.ids.flatten(), self._config.hidden_size)
+        return hidden.reshape(*batch.ids.shape, -1)
 
-    def run_layer(self, layer: int, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        """A loaded layer's output for its input of the same shape."""
+    def run_layer(self, layer: int, hidden_BTH: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        """A loaded layer's output for its input of the same shape. `inputs` are those of the batch."""
         tokens = hidden_BTH.shape[1]
         positions = torch.arange(tokens, device=self._device)[None]
         rotary = self._rotary(layer)
         module = self._model.layers[layer]
         # Gemma 4's layers put keys and values into this, in transformers 5.24 also where no later layer reads them.
+        kept = inputs.keys_values if getattr(self._config, "num_kv_shared_layers", 0) else {}
         stores: dict[str, Any] = (
-            {"shared_kv_states": {}} if "shared_kv_states" in signature(module.forward).parameters else {}
+            {"shared_kv_states": kept} if "shared_kv_states" in signature(module.forward).parameters else {}
         )
         output = module(
             hidden_BTH,
@@ -427,6 +499,7 @@ class StreamedDecoder:
             position_ids=positions,
             position_embeddings=rotary and rotary(hidden_BTH, positions, *self._rope_kind(layer)),
             **stores,
+            **inputs.of(layer),
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
         return result

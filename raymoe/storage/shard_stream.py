@@ -6,19 +6,23 @@ adjacent source ranges are read as one range. Memory: a few chunks of `CHUNK_BYT
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from raymoe.planning.multipart import CopyRange, Span, spans
-from raymoe.planning.plan import Columns, Combine, Constant, Copy, Part, Router, Shard, Transform
+from raymoe.planning.plan import Columns, Combine, Constant, Copy, Part, Router, Shard, Transform, Transposed
 from raymoe.sources.facts import TensorEntry
 from raymoe.storage.combine import combined_bytes
 from raymoe.storage.source_reader import CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, row_blocks, transformed_bytes
 from raymoe.storage.value_checks import number_bytes, scan_non_finite
+
+_TRANSPOSED_BYTES = 4 << 20  # of a block of rows
 
 RouterBytes = Callable[[Part, Router], bytes]
 
@@ -69,6 +73,8 @@ def _span_bytes(
         yield from combined_bytes(reader, part, part.what, start, end)
     elif isinstance(part.what, Columns):
         yield from _column_chunks(part, part.what, start, end, reader)
+    elif isinstance(part.what, Transposed):
+        yield from _transposed_chunks(part, part.what, start, end, reader)
     elif isinstance(part.what, Router):
         assert router is not None, "router rows asked for where none were computed"
         yield memoryview(router(part, part.what))[start:end]
@@ -117,6 +123,55 @@ def _column_chunks(part: Part, what: Columns, start: int, end: int, reader: Sour
             block[:, at : at + width] = filled.reshape(-1, width)
             at += width
         yield block.reshape(-1).data[max(0, start - first) : min(last, end) - first]
+
+
+def _transposed_chunks(
+    part: Part, what: Transposed, start: int, end: int, reader: SourceReader
+) -> Iterator[memoryview]:
+    """Bytes [start, end) of transposed matrices, one block of rows after another.
+
+    Every row needs all rows of the matrices, so these are in memory meanwhile.
+    """
+    with _stacked_matrices.lock:
+        rows = _stacked_matrices.load(part, what, reader)
+        if end == part.nbytes:
+            _stacked_matrices.forget()
+    row_bytes = part.nbytes // part.shape[0]
+    for block in row_blocks(part.shape, _TRANSPOSED_BYTES // rows.itemsize):
+        first, last = block.start * row_bytes, block.stop * row_bytes
+        if first < end and last > start:
+            content = np.ascontiguousarray(rows[:, block].T).reshape(-1).view(np.uint8).data
+            yield content[max(0, start - first) : min(last, end) - first]
+
+
+class _StackedMatrices:
+    """The matrices of the part that was transposed last, one below the other, until its end is written: an upload asks
+    for a few MiB at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._key: tuple[object, ...] = ()
+        self._rows: npt.NDArray[Any] = np.empty((0, 0))
+
+    def load(self, part: Part, what: Transposed, reader: SourceReader) -> npt.NDArray[Any]:
+        """The matrices of a part, (rows of all, columns)."""
+        stamps = tuple(file.stamp for file in part.files_read)
+        if self._key != (id(reader), part, stamps):
+            content, filled = np.empty(part.nbytes, np.uint8), 0
+            for matrix in what.matrices:
+                (span,) = _single_spans((matrix,)) if reader.findings.strict else spans((matrix,))
+                for chunk in _span_bytes(span, 0, matrix.nbytes, reader, None):
+                    content[filled : filled + len(chunk)] = chunk
+                    filled += len(chunk)
+            self._rows = content.view(NUMPY_DTYPES[part.dtype]).reshape(-1, part.shape[0])
+            self._key = (id(reader), part, stamps)
+        return self._rows
+
+    def forget(self) -> None:
+        self._key, self._rows = (), np.empty((0, 0))
+
+
+_stacked_matrices = _StackedMatrices()
 
 
 def different_tensors(

@@ -17,7 +17,7 @@ import transformers
 from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES
 from raymoe.architectures.support_matrix import support_matrix, supported_pairs
 from raymoe.architectures.unsupported_families import UNSUPPORTED
-from raymoe.architectures.wrappers import WRAPPERS
+from raymoe.architectures.wrappers import MIXTURE_WRAPPERS, WRAPPERS
 from raymoe.export.gguf.llama_cpp_archs import MIXTURES, NOT_CONVERTED
 from raymoe.report.support_table import print_support_matrix
 from tests.architectures.pairs import PAIRS
@@ -63,7 +63,8 @@ def test_a_family_is_held_or_refused_and_not_both() -> None:
 
 
 def test_every_architecture_is_converted_to_gguf_or_has_a_reason() -> None:
-    assert {host.model_type for host in MOE_ARCHITECTURES.values()} == {*MIXTURES, *NOT_CONVERTED}
+    types = {host.model_type for host in MOE_ARCHITECTURES.values()}
+    assert types | {mixture.text_type for mixture in MIXTURE_WRAPPERS.values()} == {*MIXTURES, *NOT_CONVERTED}
 
 
 # Types that transformers has from 5.24 on, one version after the oldest that these tests run with.

@@ -12,14 +12,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import raymoe
 from raymoe.architectures.dense_spec import DenseSpec, read_spec
 from raymoe.errors import ProblemReport
+from raymoe.evaluation.generation_model import GenerationModel
+from raymoe.evaluation.options import GenerationOptions
 from raymoe.export.gguf import write_gguf
 from raymoe.report.inspect import inspect_checkpoint
-from tests.architectures.pairs import MAX_DIFFERENCE, load_merged
+from raymoe.routers.tokenize import batches
+from raymoe.sources.hub import HubOptions
+from raymoe.storage.source_reader import SourceReader
+from tests.architectures.pairs import MAX_DIFFERENCE, force_router, load_grafted, load_merged
+from tests.architectures.test_gate_states import hooked
+from tests.evaluation.streamed import assert_close, open_mixture, resident, streamed, texts_of
 from tests.pico import (
+    VOCAB,
     copy_model,
     load_dense,
     logits_of,
@@ -27,9 +36,13 @@ from tests.pico import (
     merge_config,
     merge_without_ray,
     plan_problems,
+    save_lora,
     tensors_of,
     token_ids,
 )
+from tests.routers.test_decoder_router_inputs import readable
+from tests.routers.test_decoder_router_inputs import streamed as streamed_states
+from tests.routers.test_streamed_decoder import prompts_of
 
 pytestmark = [
     pytest.mark.engines,
@@ -94,10 +107,112 @@ def test_experts_are_byte_copies_and_routers_in_raymoes_scale(zoo: Callable[...,
     assert "experts" not in inspect_checkpoint(dense)
 
 
+# As E2B: inputs per layer, and layers with the keys and values of earlier ones, whose FFN is twice as wide.
+E2B: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "attention_k_eq_v": False,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+}
+
+
+def merge_e2b(zoo: Callable[..., Path], folder: Path, **options: Any) -> tuple[Path, list[Path]]:
+    base, *experts = (zoo(FAMILY, seed=seed, **E2B) for seed in range(4))
+    merge_without_ray(merge_config(base, experts, **{"mode": "random", **options}), folder)
+    return base, experts
+
+
+def test_e2b_copies(zoo: Callable[..., Path], tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    difference = difference_of_copies(zoo(FAMILY, **E2B), tmp_path / "merged")
+    assert difference < MAX_DIFFERENCE
+    record_property("pair", "gemma4_text-gemma4_moe")
+    record_property("difference", difference)
+
+
+def test_e2b_experts_alone_are_the_base_with_their_ffns(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Narrower FFNs end with zeros."""
+    base, experts = merge_e2b(zoo, tmp_path / "merged")
+    model, ids = load_merged(tmp_path / "merged"), token_ids(12, rows=2)
+    assert [layer.experts.intermediate_dim for layer in model.model.layers] == [192] * 4
+    for number, expert in enumerate(experts):
+        reference = load_grafted(base, expert)
+        force_router(model, reference, ids, number)
+        assert (logits_of(model, ids) - logits_of(reference, ids)).abs().max() < MAX_DIFFERENCE
+
+
+def test_e2b_routers_see_what_ffns_get(zoo: Callable[..., Path]) -> None:
+    folder, texts = zoo(FAMILY, **E2B), prompts_of((3, 30, 17, 8))
+    found = streamed_states(readable(folder, last_ffn=True), list(batches(texts)))
+    for text in texts:
+        expected = hooked(folder, text)[: len(found[tuple(text)])]
+        torch.testing.assert_close(found[tuple(text)], expected, rtol=1e-4, atol=2e-5)
+
+
+def test_e2b_adapters_read_prompts_as_the_models_that_they_make(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Each adapter gives the layers other inputs, and all of them are read in one pass."""
+    base = zoo(FAMILY, **E2B)
+    modules = ["per_layer_model_projection", "per_layer_input_gate", "embed_tokens_per_layer"]
+    adapters = [save_lora(tmp_path / f"adapter{n}", base, modules, seed=n, alpha=40.0) for n in range(2)]
+    wholes = [copy_model(base, tmp_path / f"whole{n}", tensors=apply(base, adapters[n])) for n in range(2)]
+    routers = []
+    for name, experts in (("adapters", [f"{base}+{adapter}" for adapter in adapters]), ("wholes", wholes)):
+        config = merge_config(base, experts, mode="hidden", prompt_model="expert")
+        merge_without_ray(config, tmp_path / name)
+        routers.append(tensors_of(tmp_path / name)["model.layers.3.router.proj.weight"])
+    assert (routers[0] - routers[1]).abs().max() < 1e-4
+    assert (routers[0][0] - routers[0][1]).abs().max() > 0.1
+
+
+def apply(base: Path, adapter: Path) -> dict[str, torch.Tensor | None]:
+    """The base's tensors that an adapter of `save_lora` changes, changed."""
+    factors, changed = load_file(adapter / "adapter_model.safetensors"), {}
+    for name, weight in tensors_of(base).items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{prefix}A.weight" in factors:
+            changed[name] = weight + 10.0 * (factors[f"{prefix}B.weight"] @ factors[f"{prefix}A.weight"])
+    assert len(changed) == 6
+    return {**changed}
+
+
+def test_e2b_is_evaluated_and_answers_as_transformers(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    merge_e2b(zoo, tmp_path / "merged", experts_per_token=2)
+    model, mixture, texts = load_merged(tmp_path / "merged"), open_mixture(tmp_path / "merged"), texts_of()
+    assert_close(streamed(mixture, texts)["own"], resident(model, texts))
+
+    ids, counts = token_ids(20), []
+    with SourceReader(HubOptions()) as reader:
+        generator = GenerationModel(
+            mixture, reader, "cpu", resident=False, on_routing=lambda layer, experts, _: counts.append(len(experts))
+        )
+        new = generator.generate(ids[0].tolist(), GenerationOptions(max_new_tokens=3), ())
+    assert counts == [20] * 4 + [1] * 8
+    for _ in new:
+        ids = torch.cat([ids, logits_of(model, ids)[:, -1:].argmax(dim=-1)], dim=1)
+    assert new == ids[0, 20:].tolist()
+
+
+def test_e2b_tensors_that_no_layer_reads_may_be_there(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Published models have keys and values in layers that use those of earlier ones."""
+    unread = {f"model.layers.3.self_attn.{name}.weight": torch.ones(2, 2) for name in ("k_proj", "v_proj", "k_norm")}
+    dense = copy_model(zoo(FAMILY, **E2B), tmp_path / "dense", tensors={**unread})
+    plan = raymoe.plan(merge_config(dense, [dense] * 2), allow_all_same=True)
+    assert not unread.keys() & plan.index["weight_map"].keys()
+    # In other layers they are read.
+    report = plan_problems(merge_config(dense, [zoo(FAMILY, **{**E2B, "use_double_wide_mlp": False})] * 2))
+    assert "an FFN of another width than the base's" in report
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "embeddings": ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input is 8: each layer of such a model"),
-    "embeddings by default": ({"hidden_size_per_layer_input": "default"}, "hidden_size_per_layer_input is 256"),
-    "shared keys": ({"num_kv_shared_layers": 1}, "num_kv_shared_layers is 1"),
+    "inputs of layers": ({"hidden_size_per_layer_input": 8}, "tensor.s. missing: .*per_layer_input_gate"),
+    "fewer inputs than tokens": (
+        {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300},
+        "vocab_size_per_layer_input is 300, less than vocab_size, 416",
+    ),
+    "keys of no layer": ({"num_kv_shared_layers": 2}, "none before them is of kind full_attention"),
+    "keys of no layer at all": ({"num_kv_shared_layers": 3}, "is of kind full_attention or sliding_attention"),
     "mixture": ({"enable_moe_block": True, "num_experts": 4}, "enable_moe_block is on: it is a mixture"),
     "both directions": ({"use_bidirectional_attention": "all"}, "its tokens attend to later ones"),
     "one RoPE": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "no rope_theta for sliding"),

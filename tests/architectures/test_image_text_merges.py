@@ -13,8 +13,22 @@ from safetensors.torch import load_file, save_file
 
 import raymoe
 from raymoe.errors import ProblemReport
+from raymoe.export.gguf import write_gguf
+from raymoe.runtime.settings import RuntimeSettings
 from tests.architectures.pairs import MAX_DIFFERENCE, load_merged
-from tests.pico import logits_of, merge_config, merge_without_ray, save_model, tensors_of, token_ids
+from tests.architectures.test_gemma4 import E2B
+from tests.evaluation.streamed import assert_close, open_mixture, resident, streamed, texts_of
+from tests.pico import (
+    LAYERS,
+    logits_of,
+    merge_config,
+    merge_here,
+    merge_without_ray,
+    save_model,
+    tensors_of,
+    token_ids,
+)
+from tests.runtime.in_process import in_this_process
 from tests.wrapped import load_wrapped, save_wrapped
 
 pytestmark = pytest.mark.engines
@@ -27,15 +41,19 @@ PROCESSOR = {"preprocessor_config.json": {"patch_size": 8}, "processor_config.js
 @pytest.fixture(params=list(WRAPPERS))
 def wrapped(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """As published: with processor files and, in Qwen3.5, layers of multi-token prediction."""
-    if request.param not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {request.param}")
-    folder = save_wrapped(tmp_path / "wrapped", request.param, **IMAGE_TOKENS)
+    return save_published(tmp_path / "wrapped", request.param)
+
+
+def save_published(folder: Path, wrapper: str, **text_options: Any) -> Path:
+    if wrapper not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {wrapper}")
+    save_wrapped(folder, wrapper, **IMAGE_TOKENS, **text_options)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **IMAGE_TOKENS}))
     for name, content in PROCESSOR.items():
         (folder / name).write_text(json.dumps(content))
     tensors = load_file(folder / "model.safetensors")
-    if request.param == "qwen3_5":
+    if wrapper == "qwen3_5":
         save_file({**tensors, "mtp.norm.weight": torch.arange(64.0)}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -106,6 +124,57 @@ def test_an_image_gives_what_the_base_gives(wrapped: Path, tmp_path: Path) -> No
     assert (merged(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max() < MAX_DIFFERENCE
     # The text model alone loads from the same files.
     assert (logits_of(load_merged(tmp_path / "merged"), ids) - dense(input_ids=ids).logits).abs().max() < 1e-5
+
+
+def test_an_image_in_layers_with_inputs_of_their_own(tmp_path: Path) -> None:
+    """Gemma 4 E2B and E4B."""
+    wrapped = save_published(tmp_path / "wrapped", "gemma4", **E2B)
+    merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
+
+    dense, merged = load_wrapped(wrapped), load_wrapped(tmp_path / "merged")
+    assert (image_logits(merged) - image_logits(dense)).abs().max() < MAX_DIFFERENCE
+
+
+def test_qwen3_vl_becomes_its_own_moe(tmp_path: Path) -> None:
+    """Images go through layers, too (deepstack). Names and transposed experts are those of the published model."""
+    wrapped = save_published(tmp_path / "wrapped", "qwen3_vl")
+    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
+
+    dense, merged = load_wrapped(wrapped), load_wrapped(tmp_path / "merged")
+    assert type(merged).__name__ == plan.config["architectures"][0] == "Qwen3VLMoeForConditionalGeneration"
+    ids, expected = token_ids(30), image_logits(dense)
+    assert expected.std() > 0.5
+    assert (image_logits(merged) - expected).abs().max() < MAX_DIFFERENCE
+    assert (merged(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max() < MAX_DIFFERENCE
+    names = set(tensors_of(tmp_path / "merged"))
+    merged.save_pretrained(tmp_path / "again")
+    assert names == set(tensors_of(tmp_path / "again"))
+    assert {name for name in names if "visual" in name} == {n for n in tensors_of(wrapped) if "visual" in n}
+
+
+def test_qwen3_vl_experts_are_those_of_the_text_mixture_transposed(tmp_path: Path) -> None:
+    """In another dtype and with noise. Evaluation, verification and GGUF know them."""
+    wrapped = save_published(tmp_path / "wrapped", "qwen3_vl")
+    other = save_model(tmp_path / "other", "qwen3", seed=5)
+    options = {"dtype": "bfloat16", "expert_options": {"noise_scale": 0.01, "residual_scale": 0.5}}
+    config = merge_config(wrapped, [wrapped, other], mode="random", **options)
+    merge_here({**config, "modality": "text"}, tmp_path / "text")
+    merge_here(config, tmp_path / "merged")
+
+    text, merged = tensors_of(tmp_path / "text"), tensors_of(tmp_path / "merged")
+    for layer in range(LAYERS):
+        of_text, of_merged = f"model.layers.{layer}.mlp.experts.", f"model.language_model.layers.{layer}.mlp.experts."
+        for expert in range(2):
+            gate, up, down = (text[f"{of_text}{expert}.{matrix}_proj.weight"] for matrix in ("gate", "up", "down"))
+            assert (merged[f"{of_merged}gate_up_proj"][expert].T - torch.cat([gate, up])).abs().max() < 0.1
+            assert (merged[f"{of_merged}down_proj"][expert].T - down).abs().max() < 0.1
+            assert merged[f"{of_merged}down_proj"][expert].shape == (96, 64)
+    with in_this_process():
+        assert raymoe.verify(tmp_path / "merged", settings=RuntimeSettings(verbosity=-1)).ok
+    texts, model = texts_of(), load_wrapped(tmp_path / "merged")
+    assert_close(streamed(open_mixture(tmp_path / "merged"), texts)["own"], resident(model, texts))
+    with pytest.raises(ProblemReport, match="with transposed experts; the same merge with modality: text is converted"):
+        write_gguf(tmp_path / "merged", tmp_path / "model.gguf")
 
 
 def test_all_but_the_text_model_is_copied(wrapped: Path, tmp_path: Path) -> None:

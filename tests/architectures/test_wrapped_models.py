@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from raymoe.architectures.original_context import original_context, within_origi
 from raymoe.architectures.wrappers import WRAPPERS, text_config
 from raymoe.errors import ProblemReport
 from tests.architectures.pairs import MAX_DIFFERENCE, load_merged
+from tests.evaluation.streamed import assert_close, open_dense, open_mixture, resident, streamed, texts_of
 from tests.pico import (
     logits_of,
     merge_config,
@@ -64,7 +67,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_every_wrapper_is_tested() -> None:
-    assert WRAPPED.keys() == WRAPPERS.keys()
+    assert WRAPPED.keys() | BY_HAND.keys() == WRAPPERS.keys()
 
 
 def test_copies_of_a_wrapped_model_compute_what_its_text_model_computes(
@@ -125,6 +128,15 @@ def test_a_flat_config_of_transformers_4_is_read(wrapper: str, tmp_path: Path) -
     merge_without_ray(merge_config(wrapped, [wrapped] * 2), tmp_path / "merged")
 
     assert_same(logits_of(load_merged(tmp_path / "merged"), ids), expected)
+
+
+def test_rope_of_hunyuan_ocr_as_published_is_that_of_its_text_model() -> None:
+    """Its name and its sections are of images only."""
+    scaling = {"type": "xdrope", "alpha": 1000.0, "factor": 1.0, "xdrope_section": [0.25, 0.25, 0.25, 0.25]}
+    flat = {"model_type": "hunyuan_vl", "rope_theta": 10000.0, "rope_scaling": scaling, "vision_config": {}}
+    text = text_config(WRAPPERS["hunyuan_vl"], flat)
+    assert text["model_type"] == "hunyuan_v1_dense" and "vision_config" not in text
+    assert text["rope_parameters"] == {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
 
 
 @pytest.mark.parametrize("where", ["as in the wrapper", "as in the text model", "as in newer modules"])
@@ -204,6 +216,104 @@ def test_a_wrapped_model_that_is_refused_says_why(tmp_path: Path) -> None:
         raymoe.plan(merge_config(wrapped, [wrapped] * 2), allow_all_same=True)
 
 
+# From a Llama's names to those of EXAONE 3, which computes what a Llama computes.
+EXAONE_NAMES = {
+    "model.embed_tokens.": "transformer.wte.",
+    "model.norm.": "transformer.ln_f.",
+    "model.layers.": "transformer.h.",
+    ".self_attn.o_proj.": ".attn.attention.out_proj.",
+    ".self_attn.": ".attn.attention.",
+    ".input_layernorm.": ".ln_1.",
+    ".post_attention_layernorm.": ".ln_2.",
+    ".mlp.gate_proj.": ".mlp.c_fc_0.",
+    ".mlp.up_proj.": ".mlp.c_fc_1.",
+    ".mlp.down_proj.": ".mlp.c_proj.",
+}
+EXAONE_KEYS = {
+    "num_hidden_layers": "num_layers",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "hidden_act": "activation_function",
+}
+ENCODERS = {"vision_config": {"hidden_size": 8}, "audio_config": {"hidden_size": 8}}
+# Layouts that are made of a text model by hand: they are too large to be made by transformers, or newer than the oldest
+# that these tests run with. By type: the family, the names, a tensor beside the text model with its part, the config.
+BY_HAND: dict[str, tuple[str, dict[str, str], tuple[str, str], Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "exaone": ("llama", EXAONE_NAMES, ("", ""), lambda own: {EXAONE_KEYS.get(key, key): own[key] for key in own}),
+    "phi4_multimodal": (
+        "phi3",
+        {},
+        ("model.embed_tokens_extend.image_embed.img_projection_up.weight", "encoders and projectors of images"),
+        lambda own: {**own, **ENCODERS},
+    ),
+    "qwen2_5_omni": (
+        "qwen2",
+        {"model.": "thinker.model.", "lm_head.": "thinker.lm_head."},
+        ("talker.codec_head.weight", "parts that make speech"),
+        lambda own: {"thinker_config": {"text_config": {**own, "model_type": "qwen2_5_omni_text"}, **ENCODERS}},
+    ),
+    "omniasr": (
+        "llama",
+        {"model.": "model.language_model."},
+        ("model.audio_tower.layers.0.weight", "audio encoder"),
+        lambda own: {"text_config": own, **ENCODERS},
+    ),
+}
+
+
+def save_by_hand(folder: Path, wrapper: str, plain: Path) -> Path:
+    _, names, (beside, _), make = BY_HAND[wrapper]
+    shutil.copytree(plain, folder)
+    tensors = {other_name(name, names): tensor for name, tensor in tensors_of(plain).items()}
+    tensors |= {beside: torch.ones(4, 4)} if beside else {}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = make(json.loads((plain / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": wrapper, "architectures": ["X"]}))
+    return folder
+
+
+def other_name(name: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        name = name.replace(old, new)
+    return name
+
+
+@pytest.mark.parametrize("wrapper", BY_HAND)
+def test_a_layout_made_by_hand_is_the_text_model_in_it(
+    wrapper: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    family, _, (_, part), _ = BY_HAND[wrapper]
+    plain = save_model(tmp_path / "plain", family)
+    wrapped = save_by_hand(tmp_path / "wrapped", wrapper, plain)
+
+    plan = merge_without_ray(merge_config(wrapped, [wrapped, plain, wrapped]), tmp_path / "merged")
+
+    ids = token_ids(40, rows=2)
+    merged = load_merged(tmp_path / "merged")
+    difference = assert_same(logits_of(merged, ids), logits_of(load_wrapped(plain), ids))
+    record_property("pair", f"wrapped-{wrapper}")
+    record_property("difference", difference)
+    assert any("Left out:" in warning and part in warning for warning in plan.warnings) == bool(part)
+    assert not any(key.endswith("_config") or key in EXAONE_KEYS.values() for key in plan.config)
+
+
+def test_adapters_of_exaone_have_its_names(tmp_path: Path) -> None:
+    llama = save_model(tmp_path / "llama", "llama")
+    exaone = save_by_hand(tmp_path / "exaone", "exaone", llama)
+    plain = save_lora(tmp_path / "adapter", llama, ["up_proj", "o_proj"])
+    renamed = shutil.copytree(plain, tmp_path / "renamed")
+    factors = load_file(plain / "adapter_model.safetensors")
+    factors = {other_name(name, EXAONE_NAMES): factor for name, factor in factors.items()}
+    save_file(factors, renamed / "adapter_model.safetensors")
+
+    merges = []
+    for base, adapter in ((llama, plain), (exaone, renamed)):
+        config = merge_config(base, [f"{base}+{adapter}", base], backbone="linear")
+        merge_without_ray(config, tmp_path / f"merge of {base.name}")
+        merges.append(tensors_of(tmp_path / f"merge of {base.name}"))
+    assert merges[0].keys() == merges[1].keys()
+    assert all(torch.equal(tensor, merges[1][name]) for name, tensor in merges[0].items())
+
+
 CONTEXT = 48
 MINISTRAL_3 = {
     "rope_parameters": {
@@ -241,6 +351,9 @@ def test_ministral_3_is_the_same_up_to_its_original_context(kind: str, mode: str
     expected, actual = logits_of(dense, ids), logits_of(merged, ids)
     assert_same(actual[:, :CONTEXT], expected[:, :CONTEXT])
     assert (actual - expected)[:, CONTEXT:].abs().max() > 1e-3
+    texts = texts_of([2, 31, CONTEXT])
+    assert_close(streamed(open_mixture(tmp_path / "merged"), texts)["own"], resident(merged, texts))
+    assert_close(streamed(open_dense(model), texts)["own"], resident(dense, texts))
 
 
 def test_the_original_context_of_ministral_3_has_the_defaults_of_its_class() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import raymoe
+from raymoe.architectures.wrappers import WRAPPERS
 from raymoe.planning import MergeOptions
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.hub import HubOptions
+from tests.architectures.test_gemma4 import E2B
 from tests.pico import merge_config, save_lora, tensors_of
 from tests.sources.hub_server import HubServer
 from tests.sources.test_bucket_folder import upload
@@ -38,7 +40,7 @@ def hub() -> Iterator[HubServer]:
 
 
 def published(folder: Path, wrapper: str, seed: int, *, other_names: bool = False) -> Path:
-    save_wrapped(folder, wrapper, seed=seed)
+    save_wrapped(folder, wrapper, seed=seed, **(E2B if wrapper == "gemma4" else {}))
     if other_names:
         rename_tensors(folder, OTHER_NAMES[wrapper])
     for name, content in PROCESSOR.items():
@@ -47,7 +49,11 @@ def published(folder: Path, wrapper: str, seed: int, *, other_names: bool = Fals
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "other_names"), [("qwen3_5", False), ("llava", False), ("llava", True), ("mistral3", True)]
+    ("wrapper", "other_names"),
+    [
+        *(("qwen3_5", False), ("gemma4", False), ("qwen3_vl", False)),
+        *(("llava", False), ("llava", True), ("mistral3", True)),
+    ],
 )
 def test_a_merge_of_them_is_that_of_local_folders(
     wrapper: str, other_names: bool, hub: HubServer, bucket: str, settings: RuntimeSettings, tmp_path: Path
@@ -74,7 +80,7 @@ def test_a_merge_of_them_is_that_of_local_folders(
     found = raymoe.inspect(tmp_path / "merged")
     assert found["experts"] == 2
     assert [source["owner"] for source in found["merge"]["sources"]] == ["base", "expert 0", "expert 1"]
-    keeps_images = wrapper == "qwen3_5"
+    keeps_images = bool(WRAPPERS[wrapper].mixture)
     assert all((tmp_path / "merged" / name).is_file() == keeps_images for name in PROCESSOR)
 
 

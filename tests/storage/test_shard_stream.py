@@ -13,12 +13,12 @@ from safetensors.numpy import load
 
 from raymoe.errors import CheckpointError
 from raymoe.planning.owner import BASE, ROUTER
-from raymoe.planning.plan import Constant, Router, Shard, Transform
+from raymoe.planning.plan import Constant, Copy, Part, Router, Shard, Transform, Transposed
 from raymoe.planning.shard_packing import OutputTensor
 from raymoe.sources.hub import HubOptions
 from raymoe.sources.local_folder import LocalFolder
 from raymoe.sources.weight_index import index_model_weights
-from raymoe.storage.shard_stream import RouterBytes, different_tensors, part_chunks, shard_chunks
+from raymoe.storage.shard_stream import RouterBytes, different_tensors, part_chunks, shard_chunks, shard_range
 from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import BLOCK_ELEMENTS
 from tests.storage.plans import one_shard, save, tensor
@@ -78,6 +78,28 @@ def test_every_kind_of_part(reader: SourceReader, tmp_path: Path) -> None:
     assert not found["zeros"].any()
     assert np.array_equal(found["router"], rows)
     assert asked == [("router", 1)]
+
+
+def test_matrices_are_transposed_in_any_ranges(
+    reader: SourceReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several blocks, one matrix copied and one computed, as the parts of an upload are asked for."""
+    monkeypatch.setattr("raymoe.storage.shard_stream._TRANSPOSED_BYTES", 100)
+    entries = save(tmp_path, {name: NUMBERS.standard_normal((5, 7), np.float32) for name in "ab"})
+    below = tuple(
+        Part(name=name, dtype="F32", shape=(5, 7), start=0, end=140, what=what)
+        for name, what in (("a", Copy(source=entries["a"])), ("b", Transform(source=entries["b"], scale=2.0)))
+    )
+    what = Transposed(matrices=below)
+    shard = one_shard(
+        [OutputTensor(name=n, dtype="F32", shape=(7, 10), owner=BASE, what=what) for n in ("once", "again")]
+    )
+    whole = content(shard, reader)
+    sources = load((tmp_path / "model.safetensors").read_bytes())
+    expected = np.concatenate([sources["a"], 2 * sources["b"]]).T
+    assert all(np.array_equal(found, expected) for found in load(whole).values())
+    again = [b"".join(shard_range(shard, at, min(at + 37, shard.nbytes), reader)) for at in range(0, shard.nbytes, 37)]
+    assert b"".join(again) == whole
 
 
 def test_neighbours_are_read_as_one_range(reader: SourceReader, reads: list[tuple[int, int]], tmp_path: Path) -> None:

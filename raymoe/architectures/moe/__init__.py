@@ -11,7 +11,7 @@ from typing import Any
 
 from raymoe.architectures.moe.gemma import GEMMA_ARCHITECTURES
 from raymoe.architectures.moe.granite import GRANITE_ARCHITECTURES
-from raymoe.architectures.moe.llama_like import LLAMA_LIKE_ARCHITECTURES
+from raymoe.architectures.moe.llama_like import LLAMA_LIKE_ARCHITECTURES, QWEN3_VL
 from raymoe.architectures.moe.same_family import SAME_FAMILY_ARCHITECTURES
 from raymoe.architectures.moe.sigmoid_routed import SIGMOID_ROUTED_ARCHITECTURES
 from raymoe.architectures.moe_architecture import MoeArchitecture
@@ -31,12 +31,16 @@ MOE_ARCHITECTURES: Mapping[str, MoeArchitecture] = {
 }
 
 
+# Forms of these for mixtures that read images, which no text model has.
+_WITH_IMAGES = (QWEN3_VL,)
+
+
 def find_moe_architecture(config: Mapping[str, Any]) -> MoeArchitecture | None:
     """The architecture that a mixture's config.json names; None if raymoe writes no such mixtures."""
     return next(
         (
             architecture
-            for architecture in MOE_ARCHITECTURES.values()
+            for architecture in (*MOE_ARCHITECTURES.values(), *_WITH_IMAGES)
             if architecture.model_type == config.get("model_type")
         ),
         None,

@@ -17,6 +17,9 @@ s is a power of two, so that multiplying by it is exact, and small enough for s^
 is no smaller, since float16 has few numbers near zero. c has the output's dtype: in bfloat16 it is 0.05 % off, which
 changes eps by 0.1 %.
 
+In E2B some FFNs are twice as wide (`use_double_wide_mlp`), and the mixture has one width for all experts: those of the
+other layers end with zeros, which add nothing to any sum.
+
 The router sees RMSNorm(r) * router.scale / sqrt(hidden). With pre_ffn's weight as the scale, and with rows that are
 multiplied by sqrt(hidden), it sees what experts see, as the routers of all other architectures do.
 
@@ -58,12 +61,13 @@ def _config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
         "head_dim": spec.head_dim,
         "attention_bias": spec.qkv_bias,
-        "layer_types": list(spec.kinds),
+        "layer_types": spec.layer_types,
         "hidden_activation": spec.hidden_act,
         "enable_moe_block": True,
         "num_experts": moe.experts,
         "top_k_experts": moe.experts_per_token,
-        "moe_intermediate_size": spec.intermediate,
+        "moe_intermediate_size": max(spec.ffn_widths),
+        "use_double_wide_mlp": False,
         "intermediate_size": EMPTY_SHARED_WIDTH,
     }
 

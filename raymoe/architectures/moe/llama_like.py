@@ -6,6 +6,7 @@ Sources: transformers' `models/mixtral`, `models/qwen2_moe`, `models/qwen3_moe`;
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from raymoe.architectures.dense_family import FFN_ROLES
@@ -264,3 +265,18 @@ LLAMA_LIKE_ARCHITECTURES = (
         runs_in_vllm=True,
     ),
 )
+
+_QWEN3 = next(each for each in LLAMA_LIKE_ARCHITECTURES if each.accepts == ("qwen3",))
+QWEN3_VL = replace(
+    _QWEN3,
+    model_type="qwen3_vl_moe_text",
+    class_name="Qwen3VLMoeForConditionalGeneration",
+    expert={
+        "ffn.gate": LAYER + "mlp.experts.gate_up_proj",
+        "ffn.up": LAYER + "mlp.experts.gate_up_proj",
+        "ffn.down": LAYER + "mlp.experts.down_proj",
+    },
+    transposes_experts=True,
+)
+"""The Qwen3 MoE of mixtures with Qwen3-VL's encoder. Source: transformers' `models/qwen3_vl_moe`, and the layout of
+Qwen/Qwen3-VL-30B-A3B-Instruct, which `conversion_mapping.py` has for `qwen3_vl_moe`."""

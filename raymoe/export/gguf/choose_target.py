@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from raymoe.architectures import DenseSpec
 from raymoe.checkpoints.weight_table import RoutingRule
@@ -153,8 +154,8 @@ def _feature_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Ite
         yield "a bias on convolutions: it has none"
     if spec.partial_rotary != 1.0 and not architecture.has_partial_rotary:
         yield f"partial rotary embedding ({spec.partial_rotary:g} of each head): it rotates whole heads only"
-    if len(set(spec.kinds)) == 1:
-        yield f"all layers of one kind, {spec.kinds[0]}: it has two"
+    if len(set(spec.layer_types)) == 1:
+        yield f"all layers of one kind, {spec.layer_types[0]}: it has two"
     yield from architecture.unsupported_reasons(spec)
     if spec.explicit_head_dim and not architecture.has_head_dim:
         yield f"head_dim {spec.head_dim}: it is always hidden_size / num_attention_heads"
@@ -172,12 +173,9 @@ def _rope_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterat
         return
     if not spec.rope_scaling.get("factor"):
         yield f"RoPE scaling {kind!r} without a factor"
-    both = spec.rope_scaling.get("mscale") and spec.rope_scaling.get("mscale_all_dim")
-    if kind == "yarn" and both:
-        yield "RoPE scaling 'yarn' with both mscale and mscale_all_dim"
     unset = object()
     for key, value in spec.rope_scaling.items():
-        # Keys of images, and of yarn (one of them alone has no effect).
+        # Keys of images, and of yarn (`yarn_attention_factor`).
         if (key == "alpha" and has_alpha(spec)) or key.startswith(("mrope_", "mscale")):
             continue
         if key not in (*known, "rope_type") and _ROPE_DEFAULTS.get(key, unset) != value:
@@ -204,6 +202,19 @@ def _number_reasons(spec: DenseSpec) -> Iterator[str]:
     for key, value in wholes.items():
         if value is not None and not (isinstance(value, int) and 0 <= value < 2**32):
             yield f"{key} {value:.6g}: a whole number below {2**32}"
+
+
+def yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
+    """What llama.cpp's factor on queries and keys of yarn is multiplied by: it knows no `mscale`.
+
+    Source: `_compute_yarn_parameters` in transformers' modeling_rope_utils.py.
+    """
+
+    def factor(mscale: float) -> float:
+        return 1.0 if scaling["factor"] <= 1 else 0.1 * mscale * math.log(scaling["factor"]) + 1.0
+
+    one, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return factor(one) / factor(all_dims) / factor(1.0) if one and all_dims else 1.0
 
 
 def rope_base(spec: DenseSpec) -> float:

@@ -82,7 +82,7 @@ class LlamaCppArchitecture:
         fuses_shared: The shared expert's gate and up matrices are one tensor.
         activation: The activation of its FFN, by transformers' name.
         heads_per_kind: Layers with a window and without have heads and RoPE of their own, which keys name.
-        number_keys: Keys with a whole number that is the same in all models that raymoe writes.
+        number_keys: Keys with a whole number, and the key of config.json that has it.
         copies: Further names of tensors, by role, for what it has several times over.
         constants: From a model and a number of experts to tensors of each layer whose numbers are all the same: their
             names, shapes and numbers.
@@ -119,7 +119,7 @@ class LlamaCppArchitecture:
     fuses_shared: bool = False
     activation: str = "silu"
     heads_per_kind: bool = False
-    number_keys: Mapping[str, int] = field(default_factory=dict)
+    number_keys: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     constants: Callable[[DenseSpec, int], Iterator[tuple[str, tuple[int, ...], float]]] = lambda spec, experts: iter(())
     tensor_names: Mapping[str, str] = field(default_factory=dict)
@@ -179,6 +179,16 @@ def _gemma4_reasons(spec: DenseSpec) -> Iterator[str]:
     kinds = {kind: ropes[kind].get("rope_type", "default") for kind in (SLIDING, ATTENTION)}
     if kinds != {SLIDING: "default", ATTENTION: "proportional"}:
         yield f"RoPE of types {', '.join(kinds.values())}: it has default with a window, proportional without"
+    inputs, rows = spec.extra["hidden_size_per_layer_input"], spec.extra["vocab_size_per_layer_input"]
+    if inputs and rows != spec.vocab:
+        yield f"vocab_size_per_layer_input {rows}: it has that of the vocabulary, {spec.vocab}"
+    # Where it takes the keys and values of layers without their own: src/llama-model.cpp, `reuse`.
+    types, shared = spec.layer_types, spec.extra["num_kv_shared_layers"]
+    if shared and types[: spec.layers - shared][-2:] != [SLIDING, ATTENTION]:
+        yield (
+            f"num_kv_shared_layers {shared}: it takes their keys and values from the two layers before them, the first "
+            "of which has to have a window, and the second none"
+        )
     if ropes[ATTENTION].get("factor", 1.0) != 1.0:
         yield f"RoPE with factor {ropes[ATTENTION]['factor']!r}: it has none"
 
@@ -334,7 +344,10 @@ ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
                 unsupported_reasons=_gemma4_reasons,
                 multipliers={"final_logit_softcapping": "final_logit_softcapping"},
                 heads_per_kind=True,
-                number_keys={"embedding_length_per_layer_input": 0, "attention.shared_kv_layers": 0},
+                number_keys={
+                    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+                    "attention.shared_kv_layers": "num_kv_shared_layers",
+                },
                 copies={"norm.pre_ffn": ("pre_ffw_norm_2.weight", "ffn_gate_inp.scale")},
                 constants=_gemma4_constants,
                 tensor_names={
@@ -342,6 +355,12 @@ ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
                     "norm.pre_ffn": "ffn_norm.weight",
                     "norm.post_ffn": "post_ffw_norm.weight",
                     "norm.layer_scalar": "layer_output_scale.weight",
+                    "embed_per_layer": "per_layer_token_embd.weight",
+                    "inputs.projection": "per_layer_model_proj.weight",
+                    "norm.projection": "per_layer_proj_norm.weight",
+                    "inputs.gate": "inp_gate.weight",
+                    "inputs.out": "proj.weight",
+                    "norm.inputs": "post_norm.weight",
                 },
             ),
             LlamaCppArchitecture(name="qwen2", dense=("qwen2",), has_head_dim=False, has_qkv_bias=True),
@@ -390,5 +409,10 @@ MIXTURES = (
 )
 """Model types of mixtures that are converted."""
 
-NOT_CONVERTED: Mapping[str, str] = MappingProxyType({"flex_olmo": "for which llama.cpp has no architecture"})
+NOT_CONVERTED: Mapping[str, str] = MappingProxyType(
+    {
+        "flex_olmo": "for which llama.cpp has no architecture",
+        "qwen3_vl_moe_text": "with transposed experts; the same merge with modality: text is converted",
+    }
+)
 """Model types of mixtures that raymoe writes, but not as GGUF, with the reason."""

@@ -12,7 +12,7 @@ from typing import Any
 from raymoe.architectures import DenseSpec
 from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR, SLIDING
 from raymoe.checkpoints.weight_table import RoutingRule
-from raymoe.export.gguf.choose_target import Target, rope_base
+from raymoe.export.gguf.choose_target import Target, rope_base, yarn_attention_factor
 from raymoe.export.gguf.llama_cpp_archs import LlamaCppArchitecture
 from raymoe.export.gguf.options import TensorType
 from raymoe.export.gguf.tensor_layout import GgufTensor
@@ -55,8 +55,8 @@ def add_metadata(
     for key, of_config in target.architecture.multipliers.items():
         # Without the key, llama.cpp takes a number of its own; 0 is that there is none.
         writer.add_float32(f"{target.architecture.name}.{key}", spec.extra[of_config] or 0.0)
-    for key, number in target.architecture.number_keys.items():
-        writer.add_uint32(f"{target.architecture.name}.{key}", number)
+    for key, of_config in target.architecture.number_keys.items():
+        writer.add_uint32(f"{target.architecture.name}.{key}", spec.extra[of_config])
     _add_layer_keys(writer, spec, target.architecture)
     _add_vocabulary(writer, vocabulary)
 
@@ -114,7 +114,7 @@ def _add_heads(writer: Any, spec: DenseSpec, architecture: LlamaCppArchitecture)
         head_dim, by_kind[ATTENTION] = spec.extra["global_head_dim"], spec.extra["num_global_key_value_heads"]
         writer.add_key_length_swa(spec.head_dim)
         writer.add_value_length_swa(spec.head_dim)
-    by_layer = [by_kind.get(kind, 0) for kind in spec.kinds]
+    by_layer = [by_kind.get(kind, 0) for kind in spec.layer_types]
     is_listed = by_layer and not architecture.lists_recurrent_layers
     writer.add_head_count_kv(by_layer if is_listed else spec.kv_heads)
     writer.add_key_length(head_dim)
@@ -209,6 +209,8 @@ def _add_rope(writer: Any, spec: DenseSpec) -> None:
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings") or spec.max_positions)
+        if (attention := yarn_attention_factor(scaling)) != 1.0:
+            writer.add_rope_scaling_attn_factors(attention)
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:

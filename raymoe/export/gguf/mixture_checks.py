@@ -16,7 +16,6 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.export.gguf.choose_target import UNCHANGED_REMEDY
 from raymoe.sources.facts import ModelFacts, TensorEntry
 from raymoe.storage.transform import NUMPY_DTYPES
-from raymoe.tensor_names import HEAD
 
 ReadChunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
@@ -56,7 +55,7 @@ def check_mixture(facts: ModelFacts, model: CheckpointModel, chunks: ReadChunks)
     used, implied = {ref.entry.name for ref in model.weights.values()}, _implied_tensors(facts, model)
     left = []
     for name, entry in sorted(facts.index.tensors.items()):
-        if name in used or name.endswith(model.spec.family.ignored) or (name == HEAD and model.spec.tied):
+        if name in used or model.spec.ignores(name):
             continue
         if not _is_implied(name, entry, implied, facts, chunks):
             left.append(name)

@@ -18,9 +18,11 @@ from raymoe.errors import ProblemReport
 from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.export.gguf.llama_cpp_archs import DENSE, NOT_CONVERTED
 from tests.architectures.pairs import MAMBA, MIXED_LAYERS, load_merged
+from tests.architectures.test_wrapped_models import MINISTRAL_3
 from tests.export.gguf.conftest import TOKENIZER_FILES
 from tests.export.gguf.llama import LlamaCpp
-from tests.pico import VOCAB, load_dense, logits_of, token_ids
+from tests.pico import VOCAB, load_dense, logits_of, merge_config, merge_without_ray, token_ids
+from tests.wrapped import load_wrapped, save_wrapped
 
 pytestmark = pytest.mark.engines
 
@@ -46,6 +48,14 @@ MULTIPLIERS = {
 SOME_WINDOWS = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 12}
 LATENT = {"rms_norm_eps": 1e-6}
 OWN_VALUES = {"attention_k_eq_v": False, "tie_word_embeddings": True, "final_logit_softcapping": None}
+SHARED_KEYS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+}
 LINEAR_HEADS = {"linear_value_head_dim": 64}
 BIASES = {"attention_bias": True, "tie_word_embeddings": True}
 
@@ -73,6 +83,7 @@ MERGES = (
     Case("llama", "mixtral", "llama", model={"rope_scaling": LLAMA3}),
     Case("llama", "mixtral", "llama", model={"rope_scaling": LINEAR}),
     Case("llama", "mixtral", "llama", model={"rope_scaling": YARN}),
+    Case("llama", "mixtral", "llama", model={"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
     Case("llama", "mixtral", "llama", model={"rope_scaling": DYNAMIC}),
     Case("llama", "mixtral", "llama", model={"head_dim": 24, "tie_word_embeddings": True}),
     Case("mistral", "mixtral", "llama", model={"sliding_window": 12}, tokens=11),
@@ -121,6 +132,7 @@ MERGES = (
     Case("youtu", "deepseek_v3", "deepseek2", shared=1, model={**LATENT, "rope_interleave": False}),
     Case("gemma4_text", "gemma4_moe", "gemma4"),
     Case("gemma4_text", "gemma4_moe", "gemma4", top=1, model=OWN_VALUES),
+    Case("gemma4_text", "gemma4_moe", "gemma4", model=SHARED_KEYS),
     Case("smollm3", "granitemoe_swa", "granite_swa"),
     Case("smollm3", "granitemoe_swa", "granite_swa", shared=2, model={**SOME_WINDOWS, "attention_bias": True}),
     Case("smollm3", "granitemoe_swa", "granite_swa", shared=1, top=1, model={"rope_scaling": LLAMA3}),
@@ -152,7 +164,28 @@ def test_merges(case: Case, merged: Callable[..., Path], tmp_path: Path) -> None
     if case.architecture == "gemma4":
         for layer in model.model.layers:
             layer.experts.act_fn = GeluOfLlamaCpp()
+            layer.act_fn = layer.experts.act_fn  # of its input, in E2B and E4B
     assert difference(model, written.path, case.tokens) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "family", "text", "architecture"),
+    [
+        ("qwen3_5", "qwen3_5_text", LINEAR_HEADS, "qwen35moe"),
+        ("mistral3", "ministral3", MINISTRAL_3, "llama"),
+    ],
+)
+def test_merges_of_wrapped_models(
+    wrapper: str, family: str, text: dict[str, Any], architecture: str, tmp_path: Path
+) -> None:
+    """The file has the text part, also of a mixture that reads images."""
+    models = [save_wrapped(tmp_path / str(seed), wrapper, family, seed=seed, **text) for seed in range(3)]
+    merge_without_ray(merge_config(models[0], models[1:], mode="random"), tmp_path / "merged")
+    for name in TOKENIZER_FILES:
+        shutil.copy(models[0] / name, tmp_path / "merged" / name)
+    written = write_gguf(tmp_path / "merged", tmp_path / "model.gguf")
+    assert written.architecture == architecture
+    assert difference(load_wrapped(tmp_path / "merged"), written.path) < CLOSE
 
 
 class GeluOfLlamaCpp(torch.nn.Module):
@@ -274,7 +307,6 @@ def test_refused_since_no_architecture_computes_it(
             "no layer with a sliding window: it has RoPE",
         ),
         ("lfm2", "lfm2_moe", {"layer_types": ["full_attention"] * 3}, "all layers of one kind, full_attention"),
-        ("llama", "mixtral", {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "with both mscale and"),
         (
             "granitemoehybrid",
             "granitemoehybrid",
@@ -292,6 +324,12 @@ def test_refused_since_no_architecture_computes_it(
             "time_step_limit .*: it has none",
         ),
         ("qwen3_5_text", "qwen3_5_moe", {}, "linear attention with keys of 64 and values of 48"),
+        (
+            "gemma4_text",
+            "gemma4_moe",
+            {**SHARED_KEYS, "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"]},
+            "num_kv_shared_layers 2: it takes their keys and values from the two layers before them",
+        ),
     ],
 )
 def test_refused_since_its_architecture_takes_it_for_granted(
