@@ -25,7 +25,7 @@ from raymoe.architectures.rope import (
     ropes_of_layers,
     rotary_share,
 )
-from raymoe.architectures.tensor_tables import LINEAR, SHARED, SLIDING
+from raymoe.architectures.tensor_tables import ATTENTION, LINEAR, SHARED, SLIDING
 from raymoe.architectures.unsupported_families import unsupported_reason
 from raymoe.errors import Problem, first_few
 from raymoe.tensor_names import HEAD, layer_of
@@ -152,6 +152,18 @@ class DenseSpec:
     def has_mixed_windows(self) -> bool:
         """Whether some layers have a sliding window and some have none."""
         return len(set(self.sliding_layers)) > 1
+
+    @property
+    def attention_interval(self) -> int | None:
+        """n, if every n-th layer has attention and the others have none; None if its layers follow no such rule."""
+        every = self.kinds.index(ATTENTION) + 1 if ATTENTION in self.kinds else 0
+        regular = every and all((kind == ATTENTION) == (n % every == 0) for n, kind in enumerate(self.kinds, 1))
+        return every if regular else None
+
+    @property
+    def scales_rope(self) -> bool:
+        """Whether its RoPE has any scaling."""
+        return self.rope_scaling is not None
 
     @property
     def window_types(self) -> list[str]:

@@ -15,8 +15,8 @@ moe/. How names and shapes are written:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raymoe.architectures.dense_family import FFN_ROLES
@@ -99,8 +99,17 @@ class MoeArchitecture:
         accepts: The dense families that it takes.
         backbone: Role to tensor name, of all but experts and routers. A model with another role does not fit.
         expert: Role to tensor name, of the FFN of an expert.
+        expert_also_read: Other names of these, which checkpoints may have that older versions of raymoe wrote or that
+            transformers has saved again. Empty: there are none.
+        wrapper: The wrapper (a key of `MIXTURE_WRAPPERS`) as which a mixture is written also if it reads text only: its
+            own keys are under `text_config` then. Empty: config.json is that of a text model.
         copies: Role to further names of the same tensor, for what the MoE architecture has several times over.
         transposes_experts: Its tensors with all experts of a layer hold their matrices transposed.
+        tied_head_for: Engines, with their versions, whose class never ties the head to the embedding. If the model is
+            tied, its head is stored for them, as a copy of the embedding. transformers ties it as before. Empty: the
+            head of a tied model is not stored.
+        written_for: What else is written though transformers does without it, and the engines, with their versions,
+            that need it.
         router: The tensor name of a layer's router.
         router_factor: From the width of hidden states to the number that rows of the router are multiplied by in the
             file, since the architecture divides by it.
@@ -109,6 +118,8 @@ class MoeArchitecture:
             reason, with the config key.
         dense_family: The family whose attention and norms it has. `raymoe eval` and `raymoe gguf` read a merge as one
             of this family.
+        second_choice_for: Features of a model, as booleans of `DenseSpec`, that engines compute otherwise in it without
+            a word. A config that names no architecture gets another one that holds the model too, if there is one.
         windowed_family: The family to use instead if config.json has a `sliding_window`, which `dense_family` has not.
         qk_norm_family: The family to use instead if config.json has norms on q and k (`use_qk_norm`).
         partial_rotary_family: The family to use instead if RoPE rotates a part of each head, which it does not in
@@ -146,9 +157,14 @@ class MoeArchitecture:
     config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
     unsupported_reasons: Callable[[DenseSpec, MoeShape], list[str]]
     dense_family: str
+    expert_also_read: Mapping[str, str] = field(default_factory=dict)
+    wrapper: str = ""
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposes_experts: bool = False
     router_factor: Callable[[int], float] = lambda hidden: 1.0
+    tied_head_for: str = ""
+    written_for: Mapping[str, str] = field(default_factory=dict)
+    second_choice_for: tuple[str, ...] = ()
     windowed_family: str = ""
     qk_norm_family: str = ""
     partial_rotary_family: str = ""
@@ -184,6 +200,19 @@ class MoeArchitecture:
             and not FAMILIES[self.dense_family].has_partial_rotary
         )
 
+    def is_second_choice(self, spec: DenseSpec) -> bool:
+        """Whether the model has a feature of `second_choice_for`."""
+        return any(getattr(spec, feature) for feature in self.second_choice_for)
+
+    def stores_tied_head(self, spec: DenseSpec) -> bool:
+        """Whether the output of a tied model holds its head too, as a copy of the embedding."""
+        return spec.tied and bool(self.tied_head_for)
+
+    def backbone_names(self, role: str, spec: DenseSpec) -> tuple[str, ...]:
+        """The tensors, with `{layer}`, that hold what the model has in a role of its backbone: mostly one."""
+        head = (self.backbone["lm_head"],) if role == "embed" and self.stores_tied_head(spec) else ()
+        return (self.backbone[role], *self.copies.get(role, ()), *head)
+
     def min_transformers_for(self, layer_types: Sequence[object] | None) -> str:
         """The oldest transformers that computes a merge whose config.json has these `layer_types`; empty: its code is
         not in transformers.
@@ -204,6 +233,11 @@ class MoeArchitecture:
         """Whether all experts of a layer are in the same tensors."""
         return any("{expert}" not in name for name in self.expert.values())
 
+    def as_stored(self, names: Container[str]) -> MoeArchitecture:
+        """The architecture with the tensor names of experts that a checkpoint has, of which `names` are all."""
+        other = (name.format(layer=0, expert=0) for name in self.expert_also_read.values())
+        return replace(self, expert=self.expert_also_read) if any(name in names for name in other) else self
+
 
 BACKBONE = {
     "embed": EMBEDDING,
@@ -217,6 +251,14 @@ QKV_BIAS = {f"attn.{p}.bias": f"{LAYER}self_attn.{p}_proj.bias" for p in "qkv"}
 O_BIAS = {"attn.o.bias": f"{LAYER}self_attn.o_proj.bias"}
 QK_NORM = {f"attn.{p}_norm": f"{LAYER}self_attn.{p}_norm.weight" for p in "qk"}
 EXPERTS = {role: f"{LAYER}mlp.experts.{{expert}}.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+
+def fused_experts(module: str) -> dict[str, str]:
+    """Names of a layer's experts in two tensors of a module, as transformers 5 has them in memory: gate above up,
+    (experts, 2 * intermediate, hidden), and down, (experts, hidden, intermediate)."""
+    gate_up = f"{LAYER}{module}experts.gate_up_proj"
+    return {"ffn.gate": gate_up, "ffn.up": gate_up, "ffn.down": f"{LAYER}{module}experts.down_proj"}
+
 
 # The width of a shared expert of zeros, which a merge without shared experts gets if its architecture has one in every
 # layer. 256 is a multiple of every block size that quantized formats use. llama.cpp does not read a width of 0.

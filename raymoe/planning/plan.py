@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from raymoe.architectures.wrappers import find_wrapper, text_part
+from raymoe.architectures.wrappers import has_encoder, text_part
 from raymoe.formatting import human_bytes, human_count, plural
 from raymoe.gate_modes import MODES
 from raymoe.html_repr import html_table
@@ -532,7 +532,7 @@ class MergePlan:
     @property
     def reads_images(self) -> bool:
         """Whether the output has the encoder of an image-text base."""
-        return find_wrapper(self.config) is not None
+        return has_encoder(self.config)
 
     @property
     def worker_shards(self) -> tuple[Shard, ...]:

@@ -115,7 +115,7 @@ def _add_heads(writer: Any, spec: DenseSpec, architecture: LlamaCppArchitecture)
         writer.add_key_length_swa(spec.head_dim)
         writer.add_value_length_swa(spec.head_dim)
     by_layer = [by_kind.get(kind, 0) for kind in spec.layer_types]
-    is_listed = by_layer and not architecture.lists_recurrent_layers
+    is_listed = len(set(spec.layer_types)) > 1 and not architecture.lists_recurrent_layers
     writer.add_head_count_kv(by_layer if is_listed else spec.kv_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
@@ -151,9 +151,8 @@ def _add_layer_keys(writer: Any, spec: DenseSpec, architecture: LlamaCppArchitec
         recurrent = [kind == LINEAR for kind in spec.kinds]
         writer.add_array(f"{architecture.name}.attention.recurrent_layers", recurrent)
         # Older versions only support attention on every n-th layer.
-        every = spec.kinds.index(ATTENTION) + 1
-        if all((kind == ATTENTION) == (number % every == 0) for number, kind in enumerate(spec.kinds, 1)):
-            writer.add_full_attention_interval(every)
+        if spec.attention_interval is not None:
+            writer.add_full_attention_interval(spec.attention_interval)
     if architecture.has_rope_sections:
         # Which pairs of a head are rotated by the position in time, height and width. In text, all three are equal.
         pairs = spec.rotary_dim // 2
