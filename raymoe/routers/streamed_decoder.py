@@ -130,7 +130,12 @@ def _empty_model(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     spec = plain_spec(config)
     if spec is not None:
-        facts = SimpleNamespace(**spec.extra, layer_types=spec.window_types, sliding_window=spec.sliding_window)
+        facts = SimpleNamespace(
+            **spec.extra,
+            hidden_size=spec.hidden,
+            layer_types=spec.window_types,
+            sliding_window=spec.sliding_window,
+        )
         with torch.device("meta"):
             return facts, PlainDecoder(spec)
     from transformers import AutoModel
