@@ -132,7 +132,7 @@ def _fuse_experts(
                 padded
                 for member, matrices in zip(members, of_layer, strict=True)
                 for role, piece in zip(roles, _pieces(f"{output}[{member.owner.index}]", matrices, roles), strict=True)
-                for padded in (_pad_columns if role == "ffn.down" else _pad_rows)(piece, width, dtype)
+                for padded in _pad(piece, role, width, dtype)
             )
             if architecture.transposes_experts:
                 each = [what[start : start + len(roles)] for start in range(0, len(what), len(roles))]
@@ -149,21 +149,20 @@ def _transpose(pieces: Sequence[Piece], dtype: str) -> Piece:
     return Piece(name=f"{pieces[0].name}.transposed", shape=shape, what=Transposed(matrices=matrices))
 
 
-def _pad_rows(piece: Piece, width: int, dtype: str) -> Iterator[Piece]:
-    """`piece`, and rows of zeros up to `width`."""
-    yield piece
-    if missing := width - piece.shape[0]:
-        yield Piece(name=f"{piece.name}.zeros", shape=(missing, piece.shape[1]), what=Constant())
-
-
-def _pad_columns(piece: Piece, width: int, dtype: str) -> Iterator[Piece]:
-    """`piece` with columns of zeros up to `width`."""
-    if not (missing := width - piece.shape[1]):
+def _pad(piece: Piece, role: str, width: int, dtype: str) -> Iterator[Piece]:
+    """A matrix of an FFN, filled up with zeros to `width`: rows below it, or beside `ffn.down` columns."""
+    rows, columns = piece.shape
+    is_down = role == "ffn.down"
+    missing = width - (columns if is_down else rows)
+    shape = (rows, missing) if is_down else (missing, columns)
+    zeros = Piece(name=f"{piece.name}.zeros", shape=shape, what=Constant())
+    if not missing:
         yield piece
-        return
-    zeros = Piece(name=f"{piece.name}.zeros", shape=(piece.shape[0], missing), what=Constant())
-    matrices = tuple(_single_part(each, dtype) for each in (piece, zeros))
-    yield replace(piece, shape=(piece.shape[0], width), what=Columns(matrices=matrices))
+    elif is_down:
+        matrices = tuple(_single_part(each, dtype) for each in (piece, zeros))
+        yield replace(piece, shape=(rows, width), what=Columns(matrices=matrices))
+    else:
+        yield from (piece, zeros)
 
 
 def _widen_shared(members: Sequence[Member], names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:

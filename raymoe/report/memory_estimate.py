@@ -53,6 +53,7 @@ _BLOCK_BYTES = 7 << 24  # per thread that computes blocks of noise and LoRA, or 
 _UPLOAD_BYTES = (
     340_000_000  # parts of uploads, measured (docs/object-storage.md); at most three times the bytes to send
 )
+_SHARDS_AT_ONCE = 2  # of one actor; more where a machine has many more CPUs than actors
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
 _MIN_COUNTED_BYTES = 32 << 20  # above this estimate of states, the tokenizer counts
 
@@ -176,7 +177,7 @@ def _writing_bytes(plan: MergePlan, sent: int) -> int:
     computed = any(_is_slow(matrix.what) for part in parts for matrix in _matrices(part))
     ahead = THREADS * _BLOCK_BYTES if computed else 0
     transposed = max((part.nbytes for part in parts if isinstance(part.what, Transposed)), default=0)
-    return ahead + transposed + min(_UPLOAD_BYTES, 3 * sent)
+    return ahead + _SHARDS_AT_ONCE * transposed + min(_UPLOAD_BYTES, 3 * sent)
 
 
 def _matrices(part: Part) -> tuple[Part, ...]:

@@ -370,6 +370,7 @@ class StreamedDecoder:
                 own = self._embedding(refs[LAYER_EMBEDDINGS], some, width).view(1, *rows.shape)
                 states = self._embedding(refs[EMBEDDING], some, self._config.hidden_size)
                 rows.copy_(module.project_per_layer_inputs(states[None], own)[0])
+        projection.to("meta")  # frees its memory
         self._reader.release()
         return table
 
