@@ -169,6 +169,24 @@ def _deepseek_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return reasons
 
 
+_QWEN3 = MoeArchitecture(
+    name="qwen3_moe",
+    title="Qwen3 MoE",
+    model_type="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    accepts=("qwen3",),
+    backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, **QK_NORM},
+    expert=EXPERTS,
+    router=LAYER + "mlp.gate.weight",
+    config=_qwen3_config,
+    unsupported_reasons=_qwen3_unsupported,
+    dense_family="qwen3",
+    renormalize_key="norm_topk_prob",
+    aliases={"num_experts": "num_local_experts"},
+    min_transformers="4.57",
+    runs_in_vllm=True,
+)
+
 LLAMA_LIKE_ARCHITECTURES = (
     MoeArchitecture(
         name="mixtral",
@@ -234,23 +252,7 @@ LLAMA_LIKE_ARCHITECTURES = (
         # With a shared expert it does not make the weights of the chosen experts sum to one.
         runs_in_llama_cpp=lambda moe: not moe.shared or moe.experts_per_token == moe.experts,
     ),
-    MoeArchitecture(
-        name="qwen3_moe",
-        title="Qwen3 MoE",
-        model_type="qwen3_moe",
-        class_name="Qwen3MoeForCausalLM",
-        accepts=("qwen3",),
-        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, **QK_NORM},
-        expert=EXPERTS,
-        router=LAYER + "mlp.gate.weight",
-        config=_qwen3_config,
-        unsupported_reasons=_qwen3_unsupported,
-        dense_family="qwen3",
-        renormalize_key="norm_topk_prob",
-        aliases={"num_experts": "num_local_experts"},
-        min_transformers="4.57",
-        runs_in_vllm=True,
-    ),
+    _QWEN3,
     MoeArchitecture(
         name="qwen3_5_moe",
         title="Qwen3.5 MoE (text)",
@@ -277,7 +279,6 @@ LLAMA_LIKE_ARCHITECTURES = (
     ),
 )
 
-_QWEN3 = next(each for each in LLAMA_LIKE_ARCHITECTURES if each.accepts == ("qwen3",))
 QWEN3_VL = replace(
     _QWEN3,
     model_type="qwen3_vl_moe_text",

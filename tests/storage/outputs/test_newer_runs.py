@@ -129,16 +129,16 @@ def test_the_marker_outlives_an_older_run_that_ends(place: str, monkeypatch: pyt
     """The older run ends between the newer run's marker and its claim; the newer one is killed before it removes."""
     old, newer = StreamOutput(place, OPTIONS), StreamOutput(place, OPTIONS)
     nearly_done(old, "plan")
-    real = newer.journal._write
+    real = newer.journal._write_claim
 
-    def ends(name: str, content: Any, **named: Any) -> None:
+    def ends(claim: Any, **named: Any) -> None:
         old.end(record_of("plan"))
-        real(name, content, **named)
+        real(claim, **named)
 
     def die(*_: Any) -> None:
         raise Died
 
-    monkeypatch.setattr(newer.journal, "_write", ends)
+    monkeypatch.setattr(newer.journal, "_write_claim", ends)
     with monkeypatch.context() as patch:
         patch.setattr(OutputFiles, "remove_checkpoint", die)
         with pytest.raises(Died):
