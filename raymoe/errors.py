@@ -12,8 +12,10 @@ control character, or a line that looks like a message of its own (`raymoe.safe_
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from itertools import islice
 from typing import ParamSpec, TypeVar
 
@@ -56,8 +58,14 @@ def first_few(problems: Iterable[Problem], most: int = 5) -> list[Problem]:
 
 
 def install_remedy(extra: str) -> str:
-    """How to install one of raymoe's extras."""
-    return f"install raymoe with it: pip install '.[{extra}]' in a clone of raymoe"
+    """How to install the packages of one of raymoe's extras, which also works without a clone."""
+    try:
+        lines = [line.partition(";") for line in metadata.requires("raymoe") or ()]
+    except metadata.PackageNotFoundError:  # only its code is here, as in a job of a cluster
+        lines = []
+    wanted = f"extra == '{extra}'"
+    packages = [shlex.quote(name.strip()) for name, _, marker in lines if marker.strip().replace('"', "'") == wanted]
+    return f"pip install {' '.join(packages)}" if packages else f"install raymoe with its extra {extra}"
 
 
 class RaymoeError(Exception):

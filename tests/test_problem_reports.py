@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 
-from raymoe.errors import CheckpointError, Problem, ProblemCollector, ProblemReport, first_few
+from raymoe.errors import CheckpointError, Problem, ProblemCollector, ProblemReport, first_few, install_remedy
 
 
 def report(*wheres: str, what: str = "unknown key", remedy: str = "remove it") -> ProblemReport:
@@ -78,3 +79,16 @@ def test_steps_that_fail_are_in_one_report_each_problem_once() -> None:
     assert type(checkpoints.report()) is CheckpointError
     with pytest.raises(ProblemReport, match="other"):
         checkpoints.run(fails, "other")
+
+
+def test_extras_are_installed_by_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which works without a clone of raymoe."""
+    lines = ["numpy>=1.26", "gguf>=0.17; extra == 'gguf'", 'protobuf; extra == "gguf"', "x; extra == 'y'"]
+    monkeypatch.setattr(metadata, "requires", lambda name: lines)
+    assert install_remedy("gguf") == "pip install 'gguf>=0.17' protobuf"
+
+    def missing(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    assert install_remedy("gguf") == "install raymoe with its extra gguf"
