@@ -99,6 +99,11 @@ class MoeArchitecture:
         backbone: Role to tensor name, of all but experts and routers. A model with another role does not fit.
         expert: Role to tensor name, of the FFN of an expert.
         copies: Role to further names of the same tensor, for what the MoE architecture has several times over.
+        tied_head_for: Engines, with their versions, whose class never ties the head to the embedding. If the model is
+            tied, its head is stored for them, as a copy of the embedding. transformers ties it as before. Empty: the
+            head of a tied model is not stored.
+        written_for: What else is written though transformers does without it, and the engines, with their versions,
+            that need it.
         router: The tensor name of a layer's router.
         router_factor: From the width of hidden states to the number that rows of the router are multiplied by in the
             file, since the architecture divides by it.
@@ -146,6 +151,8 @@ class MoeArchitecture:
     dense_family: str
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     router_factor: Callable[[int], float] = lambda hidden: 1.0
+    tied_head_for: str = ""
+    written_for: Mapping[str, str] = field(default_factory=dict)
     windowed_family: str = ""
     qk_norm_family: str = ""
     partial_rotary_family: str = ""
@@ -180,6 +187,15 @@ class MoeArchitecture:
             any(FAMILIES[name].has_partial_rotary for name in self.accepts)
             and not FAMILIES[self.dense_family].has_partial_rotary
         )
+
+    def stores_tied_head(self, spec: DenseSpec) -> bool:
+        """Whether the output of a tied model holds its head too, as a copy of the embedding."""
+        return spec.tied and bool(self.tied_head_for)
+
+    def backbone_names(self, role: str, spec: DenseSpec) -> tuple[str, ...]:
+        """The tensors, with `{layer}`, that hold what the model has in a role of its backbone: mostly one."""
+        head = (self.backbone["lm_head"],) if role == "embed" and self.stores_tied_head(spec) else ()
+        return (self.backbone[role], *self.copies.get(role, ()), *head)
 
     def min_transformers_for(self, layer_types: Sequence[object] | None) -> str:
         """The oldest transformers that computes a merge whose config.json has these `layer_types`; empty: its code is

@@ -17,6 +17,7 @@ from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
 from raymoe.errors import Problem, ProblemReport
+from raymoe.formatting import human_bytes
 from raymoe.gate_modes import MODES
 from raymoe.planning.backbone import Backbone, plan_backbone
 from raymoe.planning.compatibility import (
@@ -51,6 +52,7 @@ from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_d
 from raymoe.sources.facts import ModelFacts, SideFile
 from raymoe.sources.folder_protocol import PROCESSOR_FILES, has_vocabulary, matches
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
+from raymoe.tensor_names import HEAD
 
 # Keys of the base's config.json that describe the dense model, and would be wrong or unused in the MoE's.
 _DROPPED_KEYS = frozenset(
@@ -198,6 +200,12 @@ def _assemble(
         warnings.append(
             f"{architecture.title}: windows on some layers only take transformers {since} or later; 4 puts the window "
             "on all layers and says nothing"
+        )
+    if architecture.stores_tied_head(base):
+        size = next(tensor.nbytes for tensor in tensors if tensor.name == HEAD)
+        warnings.append(
+            f"{architecture.title}: the output holds {HEAD} ({human_bytes(size)}), a copy of the embedding that it is "
+            f"tied to, since {architecture.tied_head_for} do not tie them"
         )
     if architecture.code_repository:
         warnings.append(

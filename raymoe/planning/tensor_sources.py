@@ -67,7 +67,7 @@ def base_tensors(
     heads = head_permutation(spec, architecture)
     for matrix in _matrices(facts, spec, dtype, ffn=False, instead=merged):
         what = _permute_heads(matrix.what, heads) if heads and matrix.role in ROTARY_ROLES else matrix.what
-        for template in (architecture.backbone[matrix.role], *architecture.copies.get(matrix.role, ())):
+        for template in architecture.backbone_names(matrix.role, spec):
             output = template.format(layer=matrix.layer)
             yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner=BASE, what=what)
 

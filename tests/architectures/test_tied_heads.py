@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import save_file
 
 import raymoe
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.planning import MergePlan
+from raymoe.planning.plan import Copy
 from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, Pair, load_merged
 from tests.export.gguf.conftest import TOKENIZER_FILES
 from tests.pico import copy_model, load_dense, logits_of, merge_config, merge_without_ray, tensors_of, token_ids
@@ -31,6 +33,15 @@ FIRST_PAIRS = [
     for number, pair in enumerate(PAIRS)
     if pair.host != "deepseek" and pair.family not in {before.family for before in PAIRS[:number]}
 ]
+
+
+# One for each MoE architecture whose class in some engine never ties. With a padding token transformers loads a tied
+# Youtu with zeros for that token's row.
+STORED = {
+    "glm4_moe": ("qwen3", TIED),
+    "deepseek_v3": ("youtu", {**TIED, "pad_token_id": None}),
+    "deepseek": ("llama", TIED),
+}
 
 
 def tied_with_head(source: Path, folder: Path, head: torch.Tensor) -> Path:
@@ -88,6 +99,43 @@ def test_the_head_of_an_expert_does_not_matter(zoo: Callable[..., Path], tmp_pat
     assert not head_warnings(plan)
 
 
+@pytest.mark.parametrize("backbone", ["base", "linear"])
+@pytest.mark.parametrize("host", STORED)
+def test_engines_that_never_tie_are_given_the_head(
+    host: str, backbone: str, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A copy of the embedding, with which transformers computes the same bits as without."""
+    family, options = STORED[host]
+    base, other = zoo(family, **options), zoo(family, seed=1, **options)
+    config = merge_config(base, [base, other], mode="random", architecture=host, backbone=backbone)
+    plan = merge_without_ray(config, tmp_path / "merged")
+
+    tensors = tensors_of(tmp_path / "merged")
+    assert plan.config["tie_word_embeddings"] is True
+    assert torch.equal(tensors[HEAD], tensors[EMBEDDING])
+    assert torch.equal(tensors[HEAD], tensors_of(base)[EMBEDDING]) is (backbone == "base")
+    parts = {part.name: part for shard in plan.shards for part in shard.parts}
+    assert isinstance(parts[HEAD].what, Copy) is (backbone == "base")
+    (warning,) = head_warnings(plan)
+    assert "lm_head.weight (106 kB), a copy of the embedding that it is tied to, since vLLM 0.32.0" in warning
+
+    without = copy_model(tmp_path / "merged", tmp_path / "without")
+    for shard in without.glob("*.safetensors*"):
+        shard.unlink()
+    save_file({n: t for n, t in tensors.items() if n != HEAD}, without / "model.safetensors", {"format": "pt"})
+    ids = token_ids(24)
+    assert torch.equal(logits_of(load_merged(tmp_path / "merged"), ids), logits_of(load_merged(without), ids))
+
+
+def test_a_head_of_its_own_is_stored_once(zoo: Callable[..., Path]) -> None:
+    """Every architecture that says that engines never tie is above; an untied model is as before."""
+    assert {host.name for host in MOE_ARCHITECTURES.values() if host.tied_head_for} == STORED.keys()
+    for host, (family, options) in STORED.items():
+        base = zoo(family, **{**options, "tie_word_embeddings": False})
+        plan = raymoe.plan(merge_config(base, [base] * 2, mode="random", architecture=host), allow_all_same=True)
+        assert not head_warnings(plan)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "cohere2", "lfm2"])
 def test_such_merges_and_models_become_gguf_with_their_head(
     family: str, zoo: Callable[..., Path], tmp_path: Path
@@ -118,8 +166,6 @@ def test_a_tied_mixture_with_a_second_copy_of_the_embedding_becomes_gguf(
     tensors = {name: tensor.clone() for name, tensor in tensors_of(tmp_path / "merged").items()}
     for shard in tmp_path.glob("merged/*.safetensors*"):
         shard.unlink()
-    from safetensors.torch import save_file
-
     save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, tmp_path / "merged/model.safetensors", {"format": "pt"})
     for name in TOKENIZER_FILES:
         shutil.copy(base / name, tmp_path / "merged" / name)

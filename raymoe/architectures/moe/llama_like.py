@@ -195,6 +195,7 @@ LLAMA_LIKE_ARCHITECTURES = (
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
         shared={role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES},
+        tied_head_for="vLLM 0.32.0 and mlx-lm 0.32.2",
         config=_deepseek_config,
         unsupported_reasons=_deepseek_unsupported,
         dense_family="llama",

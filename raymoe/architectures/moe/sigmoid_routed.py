@@ -77,6 +77,8 @@ def _constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     return (bias,) if moe.shared else (bias, *zero_ffn(_SHARED, "intermediate"))
 
 
+# By their code, neither ties the head to the embedding in these classes; run with tiny models.
+_TIED_HEAD_FOR = "vLLM 0.32.0 and mlx-lm 0.32.2"
 _NOTE = "without a shared expert there is one of zeros, as wide as the experts"
 
 SIGMOID_ROUTED_ARCHITECTURES = (
@@ -91,6 +93,7 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         router=LAYER + "mlp.gate.weight",
         shared=_SHARED,
         constants=_constants,
+        tied_head_for=_TIED_HEAD_FOR,
         config=_glm4_config,
         unsupported_reasons=_glm4_unsupported,
         dense_family="seed_oss",
@@ -116,6 +119,7 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         router=LAYER + "mlp.gate.weight",
         shared=_SHARED,
         constants=_constants,
+        tied_head_for=_TIED_HEAD_FOR,
         config=_routing,
         unsupported_reasons=_reasons,
         dense_family="youtu",

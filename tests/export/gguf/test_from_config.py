@@ -39,12 +39,16 @@ from tests.pico import merge_config, merge_without_ray, save_lora
         # All experts in one tensor.
         ("granite", {"mode": "random"}),
         ("lfm2", {"mode": "random", "experts_per_token": 1}),
+        # A tied head, stored for engines that never tie.
+        ("qwen3", {"mode": "random", "architecture": "glm4_moe", "model": {"tie_word_embeddings": True}}),
     ],
 )
 def test_same_bytes(family: str, options: dict[str, Any], kind: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
-    base = zoo(family)
+    model = options.get("model", {})
+    options = {key: value for key, value in options.items() if key != "model"}
+    base = zoo(family, **model)
     adapter = save_lora(tmp_path / "adapter", base, ["up_proj", "down_proj", "w1", "w2"])
-    config = merge_config(base, [zoo(family, seed=1), f"{base}+{adapter}"], **options)
+    config = merge_config(base, [zoo(family, seed=1, **model), f"{base}+{adapter}"], **options)
     if options.get("architecture") == "deepseek":
         sharer = {"source_model": str(zoo(family, seed=2))}
         config["shared_experts"] = [{**sharer, "residual_scale": 0.5}, sharer]

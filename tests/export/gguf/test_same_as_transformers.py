@@ -99,7 +99,7 @@ MERGES = (
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", shared=1, top=1),
     Case("qwen2", "glm4_moe", "glm4moe"),
     Case("qwen3", "glm4_moe", "glm4moe"),
-    Case("qwen3", "glm4_moe", "glm4moe", shared=1),
+    Case("qwen3", "glm4_moe", "glm4moe", shared=1, model={"tie_word_embeddings": True}),
     Case("phi3", "glm4_moe", "glm4moe", model={"partial_rotary_factor": 0.5}),
     Case("glm", "glm4_moe", "glm4moe"),
     Case("glm", "glm4_moe", "glm4moe", shared=2, top=1, model={"attention_bias": False}),
