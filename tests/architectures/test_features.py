@@ -280,6 +280,15 @@ def test_a_scaled_rope_comes_through(
     assert off < MAX_DIFFERENCE
 
 
+@pytest.mark.parametrize(("given", "written"), [("rope", "rope"), (None, "nope")])
+def test_no_rope_is_a_word(given: str | None, written: str, zoo: Callable[..., Path]) -> None:
+    """Engines take null for RoPE, or refuse it. transformers takes any word but rope for none, as the tests of copies
+    show."""
+    dense = zoo("granitemoehybrid", **{**MAMBA, "position_embedding_type": given})
+    plan = raymoe.plan(merge_config(dense, [dense] * 2, mode="random"), allow_all_same=True)
+    assert plan.config["position_embedding_type"] == written
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
 def test_layers_with_a_window_follow_from_their_number(family: str, first: int) -> None:

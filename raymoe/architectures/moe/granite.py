@@ -75,6 +75,8 @@ def _hybrid_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
         **_moe_config(spec, moe),
         "layer_types": [kinds[kind] for kind in spec.kinds],
+        # Without RoPE, configs have null here, which engines take for the default, RoPE, or refuse.
+        "position_embedding_type": "rope" if spec.extra["position_embedding_type"] == "rope" else "nope",
         "shared_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
     }
 
@@ -191,6 +193,7 @@ GRANITE_ARCHITECTURES = (
         experts_key="num_local_experts",
         min_transformers="4.57",
         note="without a shared expert there is one of zeros",
+        written_for={'position_embedding_type: "nope"': "mlx-lm 0.32.2 and mistral.rs 0.9.5"},
         reads_tokenizer_as_is=True,
         runs_in_vllm=True,
     ),
