@@ -289,6 +289,22 @@ def test_no_rope_is_a_word(given: str | None, written: str, zoo: Callable[..., P
     assert plan.config["position_embedding_type"] == written
 
 
+@pytest.mark.parametrize("scaling", [None, LINEAR])
+def test_lfm2_has_its_rope_in_the_newer_form_too(
+    scaling: dict[str, Any] | None, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Some engines read only that one. Scaling is there alone: transformers would let rope_scaling override it."""
+    dense = copy_model(
+        zoo("lfm2"),
+        tmp_path / "dense",
+        config={"rope_theta": 500.0, "rope_scaling": scaling},
+        drop_config=["rope_parameters"],
+    )
+    config = raymoe.plan(merge_config(dense, [dense] * 2, mode="random"), allow_all_same=True).config
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0, **(scaling or {})}
+    assert (config["rope_theta"], config["rope_scaling"]) == (500.0, None)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
 def test_layers_with_a_window_follow_from_their_number(family: str, first: int) -> None:

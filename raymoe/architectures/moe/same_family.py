@@ -143,6 +143,8 @@ _LFM2_EPSILON = 1e-6
 
 def _lfm2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
+        # Beside rope_theta: some engines read only the newer form.
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta, **(spec.rope_scaling or {})},
         "rms_norm_eps": None,
         "norm_eps": spec.rms_norm_eps,
         "layer_types": list(spec.kinds),
@@ -266,6 +268,7 @@ SAME_FAMILY_ARCHITECTURES = (
         score_function="sigmoid",
         min_transformers="5.23",
         note="the chosen scores are divided by their sum plus 1e-6; routed_scaling_factor compensates for that",
+        written_for={"rope_parameters": "mistral.rs 0.9.5"},
         runs_in_vllm=True,
     ),
 )
