@@ -125,6 +125,11 @@ class DenseSpec:
         return len(set(self.sliding_layers)) > 1
 
     @property
+    def scales_rope(self) -> bool:
+        """Whether its RoPE has any scaling."""
+        return self.rope_scaling is not None
+
+    @property
     def window_types(self) -> list[str]:
         """`layer_types` of a config.json whose layers have a sliding window or none."""
         return ["sliding_attention" if sliding else "full_attention" for sliding in self.sliding_layers]

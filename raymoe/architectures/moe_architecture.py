@@ -112,6 +112,8 @@ class MoeArchitecture:
             reason, with the config key.
         dense_family: The family whose attention and norms it has. `raymoe eval` and `raymoe gguf` read a merge as one
             of this family.
+        second_choice_for: Features of a model, as booleans of `DenseSpec`, that engines compute otherwise in it without
+            a word. A config that names no architecture gets another one that holds the model too, if there is one.
         windowed_family: The family to use instead if config.json has a `sliding_window`, which `dense_family` has not.
         qk_norm_family: The family to use instead if config.json has norms on q and k (`use_qk_norm`).
         partial_rotary_family: The family to use instead if RoPE rotates a part of each head, which it does not in
@@ -153,6 +155,7 @@ class MoeArchitecture:
     router_factor: Callable[[int], float] = lambda hidden: 1.0
     tied_head_for: str = ""
     written_for: Mapping[str, str] = field(default_factory=dict)
+    second_choice_for: tuple[str, ...] = ()
     windowed_family: str = ""
     qk_norm_family: str = ""
     partial_rotary_family: str = ""
@@ -187,6 +190,10 @@ class MoeArchitecture:
             any(FAMILIES[name].has_partial_rotary for name in self.accepts)
             and not FAMILIES[self.dense_family].has_partial_rotary
         )
+
+    def is_second_choice(self, spec: DenseSpec) -> bool:
+        """Whether the model has a feature of `second_choice_for`."""
+        return any(getattr(spec, feature) for feature in self.second_choice_for)
 
     def stores_tied_head(self, spec: DenseSpec) -> bool:
         """Whether the output of a tied model holds its head too, as a copy of the embedding."""

@@ -1,4 +1,7 @@
-"""Which MoE architecture a merge gets: the one that the config forces, or the first that represents it exactly."""
+"""Which MoE architecture a merge gets: the one that the config forces, or the first that represents it exactly.
+
+Of those that do, one that engines compute otherwise (`MoeArchitecture.second_choice_for`) is the last resort.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,8 @@ def select_moe_architecture(base: DenseSpec, moe: MoeShape, *, forced: str | Non
             what = f"unknown architecture {forced!r}"
             return Selection(architecture=None, problems=(Problem(where=where, what=what, remedy=f"one of: {names}"),))
     reasons = [(architecture, _reasons(architecture, base, moe)) for architecture in candidates]
-    for architecture, why_not in reasons:
-        if not why_not:
-            return Selection(architecture=architecture)
+    if fitting := [architecture for architecture, why_not in reasons if not why_not]:
+        return Selection(architecture=min(fitting, key=lambda architecture: architecture.is_second_choice(base)))
     details = "".join(f"\n      {architecture.title}: {'; '.join(why)}" for architecture, why in reasons)
     no_match = "no MoE architecture" if forced is None else f"architecture {forced!r}"
     can = "can" if forced is None else "can't"

@@ -37,14 +37,16 @@ def supported_pairs() -> Iterator[SupportedPair]:
     """Every pair, by family, in the order in which architectures are chosen."""
     for family in FAMILIES.values():
         _, windows = family.windows(family.defaults, 8)
-        for number, architecture in enumerate(h for h in MOE_ARCHITECTURES.values() if family.model_type in h.accepts):
+        accepting = [h for h in MOE_ARCHITECTURES.values() if family.model_type in h.accepts]
+        default = min(accepting, key=lambda h: len(set(windows)) > 1 and "has_mixed_windows" in h.second_choice_for)
+        for architecture in accepting:
             yield SupportedPair(
                 family=family.model_type,
                 family_title=family.title,
                 host=architecture.name,
                 host_title=architecture.title,
                 architecture=architecture.class_name,
-                is_default=number == 0,
+                is_default=architecture is default,
                 shared_expert=_shared_expert(architecture),
                 since=architecture.min_transformers_for(windows),
                 note=architecture.note,

@@ -114,6 +114,20 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "granitemoe residual": ("granitemoe", "granite", {"residual_multiplier": 0.3}, {"residual_multiplier": 1.0}),
     "granitemoe attention": ("granitemoe", "granite", {"attention_multiplier": 0.5}, {"attention_multiplier": 1.0}),
     "granitemoe logits": ("granitemoe", "granite", {"logits_scaling": 0.5}, {"logits_scaling": 1.0}),
+    "granitemoe llama tied": ("granitemoe", "llama", {**TIED, "attention_bias": True}, None),
+    "granitemoe qwen2 tied": ("granitemoe", "qwen2", TIED, None),
+    "granitemoe_swa ministral window": (
+        "granitemoe_swa",
+        "ministral",
+        {"sliding_window": WINDOW, "layer_types": MIXED_LAYERS, "head_dim": 32},
+        {"layer_types": ["full_attention"] * 3},
+    ),
+    "granitemoehybrid granite": (
+        "granitemoehybrid",
+        "granite",
+        {"attention_bias": True, **TIED},
+        None,
+    ),
     "granitemoehybrid tied": ("granitemoehybrid", "granitemoehybrid", {**MAMBA, **TIED}, None),
     "granitemoehybrid biases": ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "attention_bias": True}, None),
     "granitemoehybrid rope": (

@@ -55,7 +55,7 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
         "ministral",
         {"sliding_window": WINDOW, "layer_types": MIXED_LAYERS},
         {},
-        r"Mixtral: sliding window on some layers only(.|\n)*another architecture \(qwen2_moe can\)",
+        r"Mixtral: sliding window on some layers only(.|\n)*another architecture \(qwen2_moe, granitemoe_swa can\)",
     ),
     "qwen3 in mixtral": (
         "mixtral",
@@ -77,7 +77,8 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
     "biases, helium": (None, "helium", {"attention_bias": True}, {}, r"ERNIE 4.5 MoE: attention_bias: its q, k, v"),
     "head_dim, granite": (None, "granite", {"head_dim": 32}, {}, r"Granite MoE: head_dim 32"),
     "head_dim, olmo2": (None, "olmo2", {"head_dim": 32}, {}, r"FlexOlmo: head_dim 32"),
-    "llama in granite": ("granite", "llama", {}, {}, r"Granite MoE: takes granite, granitemoehybrid models only"),
+    "olmo2 in granite": ("granite", "olmo2", {}, {}, r"Granite MoE: takes granite, granitemoehybrid, llama, mistral"),
+    "window, granite": ("granitemoe", "mistral", {"sliding_window": WINDOW}, {}, r"Granite MoE: sliding_window 12"),
     "olmo2 in mixtral": ("mixtral", "olmo2", {}, {}, r"Mixtral: takes llama, "),
     "longrope, deepseek": ("deepseek", "phi3", LONG, {}, r"'longrope': it knows linear, dynamic$"),
     "granite 4, mamba": ("granitemoe", "granitemoehybrid", MAMBA, {}, r"Granite MoE: 2 layers with Mamba: all of its"),
@@ -190,7 +191,9 @@ def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
         ("hunyuan_v1_dense", None, "hunyuan_v1_moe"),
         ("cohere2", None, "cohere2_moe"),
         ("cohere", None, "cohere2_moe"),
-        ("cwm", None, "qwen2_moe"),
+        ("cwm", None, "granitemoe_swa"),
+        ("cwm", "qwen", "qwen2_moe"),
+        ("llama", "granite", "granitemoe"),
         ("ministral", None, "mixtral"),
         ("iquestcoder", None, "mixtral"),
         ("qwen3", "glm", "glm4_moe"),
@@ -224,6 +227,39 @@ def test_the_first_host_that_holds_everything_is_chosen(
     dense = zoo("llama", **options)
     config = merge_config(dense, [dense] * 2, shared=dense if shared else None, shared_prompts=prompts)
     assert raymoe.plan(config, allow_all_same=True).architecture == host
+
+
+SOME_WINDOWS = {"sliding_window": WINDOW, "layer_types": MIXED_LAYERS}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "merge", "host"),
+    [
+        # Engines leave windows out of some architectures: of those that hold the model, another one comes first.
+        ("ministral", SOME_WINDOWS, {}, "granitemoe_swa"),
+        ("ministral", SOME_WINDOWS, {"shared": True, "shared_prompts": True}, "qwen2_moe"),
+        ("qwen2", MIXED, {}, "qwen2_moe"),
+        ("qwen2", {}, {}, "qwen2_moe"),
+        ("granite", {}, {"shared": True}, "granitemoehybrid"),
+        ("granite", {"rope_scaling": YARN}, {"shared": True}, "granitemoeshared"),
+        (
+            "granitemoehybrid",
+            {**MAMBA, "position_embedding_type": "rope", "rope_scaling": YARN},
+            {},
+            "granitemoehybrid",
+        ),
+        # As mergekit has it, whatever engines compute.
+        ("llama", {"rope_scaling": LLAMA3}, {}, "mixtral"),
+        ("mistral", {"sliding_window": WINDOW}, {}, "mixtral"),
+    ],
+)
+def test_a_host_that_engines_compute_otherwise_is_the_last_one(
+    family: str, options: dict[str, Any], merge: dict[str, Any], host: str, zoo: Callable[..., Path]
+) -> None:
+    dense = zoo(family, **options)
+    merge = {**merge, **({"shared": dense} if "shared" in merge else {})}
+    mode = "hidden" if "shared_prompts" in merge else "random"
+    assert raymoe.plan(merge_config(dense, [dense] * 2, mode=mode, **merge), allow_all_same=True).architecture == host
 
 
 # --- models that don't fit together

@@ -225,6 +225,7 @@ LLAMA_LIKE_ARCHITECTURES = (
         renormalize_key="norm_topk_prob",
         min_transformers="4.57",
         min_transformers_mixed_windows="5.23",
+        second_choice_for=("has_mixed_windows",),
         runs_in_vllm=True,
         # With a shared expert it does not make the weights of the chosen experts sum to one.
         runs_in_llama_cpp=lambda moe: not moe.shared or moe.experts_per_token == moe.experts,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from raymoe.architectures import DenseSpec
+from raymoe.architectures.tensor_tables import ATTENTION
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.errors import Problem, ProblemReport
 from raymoe.export.gguf.llama_cpp_archs import ARCHITECTURES, BY_FAMILY, DENSE, LlamaCppArchitecture
@@ -116,7 +117,12 @@ def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> LlamaCppArc
         return _Reason(what=what, remedy="merge without shared_experts")
     if not sums_to_one:
         return _Reason(what=f"{unequal}, as a merge's do", remedy=UNCHANGED_REMEDY)
-    return of_family
+    return ARCHITECTURES[of_family.attention_only] if of_family.attention_only and _is_plain(spec) else of_family
+
+
+def _is_plain(spec: DenseSpec) -> bool:
+    """Whether all layers have attention with RoPE."""
+    return set(spec.kinds) == {ATTENTION} and spec.extra.get("position_embedding_type", "rope") == "rope"
 
 
 def _by_routing(spec: DenseSpec, rule: RoutingRule, unequal: str, *, sums_to_one: bool, shared: bool) -> str | _Reason:
@@ -153,7 +159,7 @@ def _feature_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Ite
         yield "a bias on convolutions: it has none"
     if spec.partial_rotary != 1.0 and not architecture.has_partial_rotary:
         yield f"partial rotary embedding ({spec.partial_rotary:g} of each head): it rotates whole heads only"
-    if len(set(spec.kinds)) == 1:
+    if len(set(spec.kinds)) == 1 and spec.model_type in architecture.families:
         yield f"all layers of one kind, {spec.kinds[0]}: it has two"
     yield from architecture.unsupported_reasons(spec)
     if spec.explicit_head_dim and not architecture.has_head_dim:

@@ -15,7 +15,8 @@ of a token's experts, and in the factor of a shared expert:
     cohere2moe  softmax, made to sum to one; attention and FFN side by side, windows on some layers
     deepseek2   sigmoids, made to sum to one, plus a shared expert; attention with latent keys and values
     granite_swa softmax, made to sum to one, with or without a shared expert; windows and RoPE on some layers, and sinks
-    granitehybrid  the same with Mamba in the place of attention on some layers, RoPE on all others or on none
+    granitehybrid  the same with Mamba in the place of attention on some layers, RoPE on all others or on none. Without
+                Mamba and with RoPE, granitemoe computes it
     qwen35moe   softmax, made to sum to one, plus a shared expert times the sigmoid of its gate; linear attention on
                 some layers, a gate on attention's output on the others
     gemma4      softmax, made to sum to one, times a number for each expert; a dense FFN beside the experts, norms
@@ -53,6 +54,8 @@ class LlamaCppArchitecture:
         dense: Dense model types of transformers that it runs.
         families: Dense families that use it for all merges. Other merges are assigned by their features
             (`choose_target`).
+        attention_only: The architecture that its families use instead if all layers have attention with RoPE. Empty:
+            such models are refused.
         score_function: The function of router scores before it chooses the highest: softmax or sigmoid.
         rope_is_interleaved: Its RoPE rotates dimension 2i of a head with 2i + 1, where transformers rotates i with
             i + d/2. Rows of q and k are permuted for it.
@@ -92,6 +95,7 @@ class LlamaCppArchitecture:
     name: str
     dense: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
+    attention_only: str = ""
     score_function: str = "softmax"
     rope_is_interleaved: bool = False
     has_rope_factors: bool = False
@@ -287,6 +291,7 @@ ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
             LlamaCppArchitecture(
                 name="granitehybrid",
                 families=("granitemoehybrid",),
+                attention_only="granitemoe",
                 rope_is_interleaved=True,
                 has_rope_factors=True,
                 has_qkv_bias=True,

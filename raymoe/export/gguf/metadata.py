@@ -115,7 +115,7 @@ def _add_heads(writer: Any, spec: DenseSpec, architecture: LlamaCppArchitecture)
         writer.add_key_length_swa(spec.head_dim)
         writer.add_value_length_swa(spec.head_dim)
     by_layer = [by_kind.get(kind, 0) for kind in spec.kinds]
-    is_listed = by_layer and not architecture.lists_recurrent_layers
+    is_listed = len(set(spec.kinds)) > 1 and not architecture.lists_recurrent_layers
     writer.add_head_count_kv(by_layer if is_listed else spec.kv_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)

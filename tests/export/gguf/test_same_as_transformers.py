@@ -89,6 +89,10 @@ MERGES = (
     Case("qwen3", "qwen3_moe", "qwen3moe", model={"head_dim": 24, "rope_scaling": YARN}),
     Case("granite", "granitemoe", "granitemoe", model={**MULTIPLIERS, "attention_bias": True}),
     Case("granite", "granitemoeshared", "granitemoe", shared=1, model={**MULTIPLIERS, "rope_scaling": LLAMA3}),
+    Case("granite", "granitemoehybrid", "granitemoe", shared=1, model={**MULTIPLIERS, "rope_scaling": YARN}),
+    Case("granite", "granitemoehybrid", "granitemoe", top=1, model={"tie_word_embeddings": True}),
+    Case("llama", "granitemoe", "granitemoe", model={"rope_scaling": LLAMA3, "tie_word_embeddings": True}),
+    Case("qwen2", "granitemoe", "granitemoe", top=1),
     Case("ernie4_5", "ernie4_5_moe", "llama"),
     Case("ernie4_5", "ernie4_5_moe", "bailingmoe", shared=1),
     Case("granite", "granitemoeshared", "granitemoe", shared=3, model=MULTIPLIERS),
@@ -126,6 +130,10 @@ MERGES = (
     Case("smollm3", "granitemoe_swa", "granite_swa", shared=1, top=1, model={"rope_scaling": LLAMA3}),
     Case("granite_swa", "granitemoe_swa", "granite_swa"),
     Case("granite_swa", "granitemoe_swa", "granite_swa", shared=1, model={"head_dim": 32, "layer_rope_theta": None}),
+    Case("cwm", "granitemoe_swa", "granite_swa", model={"sliding_window": 12}),
+    Case(
+        "ministral", "granitemoe_swa", "granite_swa", top=1, model={"sliding_window": 12, "layer_types": MIXED_LAYERS}
+    ),
     Case("granitemoehybrid", "granitemoehybrid", "granitehybrid", model=MAMBA),
     Case("granitemoehybrid", "granitemoehybrid", "granitehybrid", shared=1, model={**MAMBA, "attention_bias": True}),
     Case("granitemoehybrid", "granitemoehybrid", "granitehybrid", model={**MAMBA, "position_embedding_type": None}),
