@@ -66,7 +66,7 @@ def make_merges(folder: Path) -> None:
         dense = save_model(place / "dense", pair.family, **pair.options)
         off = {"shared_options": {"residual_scale": 0.0}} if pair.shared else {}
         plan = merge_without_ray(pair.config(dense, [dense] * 3, dense, mode="random", **off), place / "merged")
-        (place / "since").write_text(MOE_ARCHITECTURES[pair.host].min_transformers_for(plan.config.get("layer_types")))
+        (place / "since").write_text(MOE_ARCHITECTURES[pair.host].min_transformers_for(plan.text_config.get("layer_types")))
         logits = logits_of(load_dense(dense), torch.tensor([TOKENS]))
         (place / "logits.json").write_text(json.dumps(logits.tolist()))
 

@@ -25,7 +25,7 @@ from raymoe.architectures.rope import (
     ropes_of_layers,
     rotary_share,
 )
-from raymoe.architectures.tensor_tables import LINEAR
+from raymoe.architectures.tensor_tables import ATTENTION, LINEAR
 from raymoe.architectures.unsupported_families import unsupported_reason
 from raymoe.errors import Problem, first_few
 
@@ -123,6 +123,13 @@ class DenseSpec:
     def has_mixed_windows(self) -> bool:
         """Whether some layers have a sliding window and some have none."""
         return len(set(self.sliding_layers)) > 1
+
+    @property
+    def attention_interval(self) -> int | None:
+        """n, if every n-th layer has attention and the others have none; None if its layers follow no such rule."""
+        every = self.kinds.index(ATTENTION) + 1 if ATTENTION in self.kinds else 0
+        regular = every and all((kind == ATTENTION) == (n % every == 0) for n, kind in enumerate(self.kinds, 1))
+        return every if regular else None
 
     @property
     def scales_rope(self) -> bool:

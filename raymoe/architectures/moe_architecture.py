@@ -14,8 +14,8 @@ moe/. How names and shapes are written:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raymoe.architectures.dense_family import FFN_ROLES
@@ -98,6 +98,10 @@ class MoeArchitecture:
         accepts: The dense families that it takes.
         backbone: Role to tensor name, of all but experts and routers. A model with another role does not fit.
         expert: Role to tensor name, of the FFN of an expert.
+        expert_also_read: Other names of these, which checkpoints may have that older versions of raymoe wrote or that
+            transformers has saved again. Empty: there are none.
+        wrapper: The wrapper (a key of `MIXTURE_WRAPPERS`) as which a mixture is written also if it reads text only: its
+            own keys are under `text_config` then. Empty: config.json is that of a text model.
         copies: Role to further names of the same tensor, for what the MoE architecture has several times over.
         tied_head_for: Engines, with their versions, whose class never ties the head to the embedding. If the model is
             tied, its head is stored for them, as a copy of the embedding. transformers ties it as before. Empty: the
@@ -151,6 +155,8 @@ class MoeArchitecture:
     config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
     unsupported_reasons: Callable[[DenseSpec, MoeShape], list[str]]
     dense_family: str
+    expert_also_read: Mapping[str, str] = field(default_factory=dict)
+    wrapper: str = ""
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     router_factor: Callable[[int], float] = lambda hidden: 1.0
     tied_head_for: str = ""
@@ -224,6 +230,11 @@ class MoeArchitecture:
         """Whether all experts of a layer are in the same tensors."""
         return any("{expert}" not in name for name in self.expert.values())
 
+    def as_stored(self, names: Container[str]) -> MoeArchitecture:
+        """The architecture with the tensor names of experts that a checkpoint has, of which `names` are all."""
+        other = (name.format(layer=0, expert=0) for name in self.expert_also_read.values())
+        return replace(self, expert=self.expert_also_read) if any(name in names for name in other) else self
+
 
 BACKBONE = {
     "embed": EMBEDDING,
@@ -237,6 +248,14 @@ QKV_BIAS = {f"attn.{p}.bias": f"{LAYER}self_attn.{p}_proj.bias" for p in "qkv"}
 O_BIAS = {"attn.o.bias": f"{LAYER}self_attn.o_proj.bias"}
 QK_NORM = {f"attn.{p}_norm": f"{LAYER}self_attn.{p}_norm.weight" for p in "qk"}
 EXPERTS = {role: f"{LAYER}mlp.experts.{{expert}}.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+
+def fused_experts(module: str) -> dict[str, str]:
+    """Names of a layer's experts in two tensors of a module, as transformers 5 has them in memory: gate above up,
+    (experts, 2 * intermediate, hidden), and down, (experts, hidden, intermediate)."""
+    gate_up = f"{LAYER}{module}experts.gate_up_proj"
+    return {"ffn.gate": gate_up, "ffn.up": gate_up, "ffn.down": f"{LAYER}{module}experts.down_proj"}
+
 
 # The width of a shared expert of zeros, which a merge without shared experts gets if its architecture has one in every
 # layer. 256 is a multiple of every block size that quantized formats use. llama.cpp does not read a width of 0.

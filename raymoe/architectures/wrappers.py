@@ -236,6 +236,8 @@ MIXTURE_WRAPPERS: Mapping[str, Wrapper] = {
             model_type="qwen3_5_moe",
             title="Qwen3.5 MoE",
             text_type="qwen3_5_moe_text",
+            # A mixture without an encoder has the names of a text model.
+            prefixes=(*_PREFIXES, "model."),
             class_name="Qwen3_5MoeForConditionalGeneration",
         ),
         # The type of the dense model, too: the text part says which of the two a model is.
@@ -278,6 +280,19 @@ def wrapped_config(mixture: Wrapper, base: Mapping[str, Any], text: Mapping[str,
     vision = {**base.get("vision_config", {}), "model_type": f"{mixture.model_type}_vision"}
     names = {"architectures": [mixture.class_name], "model_type": mixture.model_type}
     return dict(sorted({**kept, **shared, **names, "text_config": own, "vision_config": vision}.items()))
+
+
+def wrapped_text_config(mixture: Wrapper, text: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a mixture that reads text only, in the form of the wrapper: without an encoder, and with the
+    class of the text model. `text` is that of the mixture alone."""
+    shared = {key: text[key] for key in ("architectures", "tie_word_embeddings", *_OF_BOTH) if key in text}
+    own = {key: value for key, value in text.items() if key != "architectures"}
+    return dict(sorted({**shared, "model_type": mixture.model_type, "text_config": own}.items()))
+
+
+def has_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a mixture's config.json describes an encoder around the text model."""
+    return find_wrapper(config) is not None and "vision_config" in config
 
 
 def text_config(wrapper: Wrapper, config: Mapping[str, Any]) -> dict[str, Any]:

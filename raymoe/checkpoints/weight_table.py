@@ -111,10 +111,11 @@ def is_mixture(config: Mapping[str, Any]) -> bool:
 
 def mixture_model(facts: ModelFacts) -> CheckpointModel:
     """A merged checkpoint. Raises ProblemReport if it has no architecture that raymoe writes, or lacks tensors."""
-    architecture = find_moe_architecture(facts.config)
-    if architecture is None:
+    found = find_moe_architecture(facts.config)
+    if found is None:
         what = f"model_type is {facts.config.get('model_type')!r}, which is not a mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
+    architecture = found.as_stored(facts.index.tensors)
     # `read_spec` checks the dense config only, and not all keys that are read here.
     odd_values = rope_value_problems(facts.config, FAMILIES[architecture.dense_family].rope_kinds)
     where = f"{facts.label}/config.json"

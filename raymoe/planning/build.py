@@ -12,7 +12,7 @@ from typing import Any
 
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape, select_moe_architecture
 from raymoe.architectures.moe_architecture import MIXTURE_KEYS, moe_config
-from raymoe.architectures.wrappers import Wrapper, wrapped_config
+from raymoe.architectures.wrappers import MIXTURE_WRAPPERS, Wrapper, wrapped_config, wrapped_text_config
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
@@ -261,6 +261,8 @@ def _assemble(
     )
     if wrapper is not None:
         output_config = wrapped_config(wrapper, base_facts.wrapper_config, output_config)
+    elif architecture.wrapper:
+        output_config = wrapped_text_config(MIXTURE_WRAPPERS[architecture.wrapper], output_config)
     return MergePlan(
         architecture=architecture.name,
         config=output_config,

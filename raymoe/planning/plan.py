@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raymoe.architectures.wrappers import find_wrapper, text_part
+from raymoe.architectures.wrappers import has_encoder, text_part
 from raymoe.formatting import human_bytes, human_count, plural
 from raymoe.html_repr import html_table
 from raymoe.planning.owner import ROUTER, Owner
@@ -421,7 +421,7 @@ class MergePlan:
     @property
     def reads_images(self) -> bool:
         """Whether the output has the encoder of an image-text base."""
-        return find_wrapper(self.config) is not None
+        return has_encoder(self.config)
 
     @property
     def worker_shards(self) -> tuple[Shard, ...]:

@@ -56,6 +56,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
         "shards": [{"file": file.name, "bytes": file.size} for file in index.files],
     }
     if architecture is not None:
+        architecture = architecture.as_stored(text.index.tensors)
         summary |= _moe_summary(architecture, config, text.index, summary["parameters"], storage)
     if folder.find(RECORD_NAME) is not None:
         summary["merge"] = _record_summary(read_record(folder))

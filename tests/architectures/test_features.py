@@ -303,6 +303,29 @@ def test_no_rope_is_a_word(given: str | None, written: str, zoo: Callable[..., P
     assert plan.config["position_embedding_type"] == written
 
 
+@pytest.mark.parametrize(
+    ("kinds", "interval"),
+    [("lfl", 2), ("llf", 3), ("fff", 1), ("lff", None), ("lll", None)],
+    ids=lambda value: str(value),
+)
+def test_qwen3_5_has_the_keys_of_a_text_model_where_engines_look_for_them(
+    kinds: str, interval: int | None, zoo: Callable[..., Path]
+) -> None:
+    """transformers takes such keys at the top of a config.json of this type for those of no model, and says nothing."""
+    layers = [{"l": "linear_attention", "f": "full_attention"}[kind] for kind in kinds]
+    dense = zoo("qwen3_5_text", layer_types=layers, **TIED)
+    plan = raymoe.plan(merge_config(dense, [dense] * 2, mode="random"), allow_all_same=True)
+    text = dict(plan.config["text_config"])
+    assert plan.config["model_type"] == "qwen3_5_moe"
+    assert plan.config["architectures"] == ["Qwen3_5MoeForCausalLM"]
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    shared = {"architectures", "model_type", "text_config", "tie_word_embeddings", "torch_dtype", *ids}
+    assert plan.config.keys() == shared
+    assert plan.config["tie_word_embeddings"] is text["tie_word_embeddings"] is True
+    assert (text["layer_types"], text["full_attention_interval"]) == (layers, interval)
+    assert not plan.reads_images
+
+
 @pytest.mark.parametrize("scaling", [None, LINEAR])
 def test_lfm2_has_its_rope_in_the_newer_form_too(
     scaling: dict[str, Any] | None, zoo: Callable[..., Path], tmp_path: Path
@@ -339,7 +362,7 @@ def test_the_output_config_says_nothing_of_the_dense_model(
     old = {"_name_or_path": "x/y", "auto_map": {"AutoConfig": "x--y.Z"}, "pretraining_tp": 1, "torch_dtype": "float32"}
     dense = copy_model(zoo(pair.family), tmp_path / "dense", config=old, drop_config=["dtype"])
     plan = raymoe.plan(pair.config(dense, [dense] * 2, dense, mode="random"), allow_all_same=True)
-    assert plan.config["model_type"] == MOE_ARCHITECTURES[pair.host].model_type
+    assert plan.text_config["model_type"] == MOE_ARCHITECTURES[pair.host].model_type
     assert plan.config["architectures"] == [MOE_ARCHITECTURES[pair.host].class_name]
     for key in ("_name_or_path", "pretraining_tp", "dtype", "transformers_version"):
         assert key not in plan.config
@@ -348,11 +371,11 @@ def test_the_output_config_says_nothing_of_the_dense_model(
     shape = MoeShape(experts=2, experts_per_token=2, shared=int(pair.shared))
     own = moe_config(MOE_ARCHITECTURES[pair.host], spec, shape)
     for key in ("rope_parameters", "layer_types"):  # which the dense model may have too
-        assert (key in plan.config) is (key in own)
+        assert (key in plan.text_config) is (key in own)
     assert "x--y.Z" not in str(plan.config)
     assert plan.config["torch_dtype"] == "float32"
     kept = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.02}
-    assert kept.items() <= plan.config.items()
+    assert kept.items() <= plan.text_config.items()
 
 
 @pytest.mark.parametrize(("host", "family"), [("qwen2_moe", "qwen2"), ("qwen2_moe", "mistral"), ("qwen3_moe", "qwen3")])

@@ -102,7 +102,12 @@ def test_tensors_have_the_names_of_the_hub_layout(merged: Merged) -> None:
             "self_attn.query_layernorm.weight",
         },
         "cohere2_moe": {"mlp.gate.weight", "mlp.experts.2.up_proj.weight"},
-        "qwen3_5_moe": {"mlp.gate.weight", "mlp.experts.2.up_proj.weight", "mlp.shared_expert_gate.weight"},
+        "qwen3_5_moe": {
+            "mlp.gate.weight",
+            "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj",
+            "mlp.shared_expert_gate.weight",
+        },
         "glm4_moe": {
             "mlp.gate.e_score_correction_bias",
             "mlp.experts.2.up_proj.weight",

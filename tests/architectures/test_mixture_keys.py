@@ -61,7 +61,7 @@ def test_the_table_has_every_key_that_transformers_reads(
             pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     of_host, names = known_keys(host.model_type)
     stray = of_host - known_keys(family)[0] - taken_by(transformers.PretrainedConfig)
-    output = plan_of(zoo(family), host).config
+    output = plan_of(zoo(family), host).text_config
     dropped = MIXTURE_KEYS | _DROPPED_KEYS | set(FAMILIES[family].dropped)
     assert stray - dropped - output.keys() <= _HARMLESS
     # A key under its other name would stand beside the one that raymoe writes.

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.errors import ProblemReport
+from raymoe.report.inspect import inspect_checkpoint
 from tests.architectures.pairs import PAIRS, Pair, load_merged
 from tests.evaluation.streamed import open_mixture, streamed, texts_of
-from tests.pico import merge_without_ray
+from tests.pico import merge_without_ray, tensors_of
 
 pytestmark = pytest.mark.engines
 
@@ -53,6 +55,37 @@ def test_fused_experts_are_named(zoo: Callable[..., Path], tmp_path: Path) -> No
         match=r"all experts of a layer are in one tensor \(model\.layers\.0\.mlp\.experts\.gate_up_proj\)",
     ):
         open_mixture(tmp_path / "again")
+
+
+def test_qwen3_5_as_older_versions_wrote_it_is_read(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """A config.json of the text model alone, and a tensor for each expert and matrix."""
+    pair = next(p for p in PAIRS if p.host == "qwen3_5_moe")
+    pair.skip_where_unknown()
+    now, older = merged(pair, zoo, tmp_path / "now"), tmp_path / "older"
+    older.mkdir()
+    config = json.loads((now / "config.json").read_text())
+    (older / "config.json").write_text(
+        json.dumps({"architectures": config["architectures"], **config["text_config"], "full_attention_interval": 4})
+    )
+    tensors = {}
+    for name, tensor in tensors_of(now).items():
+        block, _, kind = name.partition(".experts.")
+        for expert, matrices in enumerate(tensor if kind else []):
+            kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+            for each, matrix in zip(kinds, matrices.chunk(len(kinds)), strict=True):
+                tensors[f"{block}.experts.{expert}.{each}.weight"] = matrix.contiguous()
+        if not kind:
+            tensors[name] = tensor
+    save_file(tensors, older / "model.safetensors", {"format": "pt"})
+
+    models = [open_mixture(now), open_mixture(older)]
+    assert models[0].rule == models[1].rule
+    before, after = (streamed(model, texts_of((17, 5)))["own"] for model in models)
+    for ours, theirs in zip(before, after, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    counted = [inspect_checkpoint(folder) for folder in (now, older)]
+    for key in ("experts", "parameters", "active_parameters", "routers"):
+        assert counted[0][key] == counted[1][key], key
 
 
 @pytest.mark.parametrize(

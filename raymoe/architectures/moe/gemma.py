@@ -37,6 +37,7 @@ from raymoe.architectures.moe_architecture import (
     MoeArchitecture,
     MoeShape,
     common_reasons,
+    fused_experts,
     no_shared_reasons,
     zero_ffn,
 )
@@ -90,11 +91,7 @@ GEMMA_ARCHITECTURES = (
         class_name="Gemma4ForCausalLM",
         accepts=("gemma4_text",),
         backbone={row.role: row.name for row in GEMMA4_ROWS if not row.is_ffn},
-        expert={
-            "ffn.gate": LAYER + "experts.gate_up_proj",
-            "ffn.up": LAYER + "experts.gate_up_proj",
-            "ffn.down": LAYER + "experts.down_proj",
-        },
+        expert=fused_experts(""),
         copies={"norm.pre_ffn": (LAYER + "pre_feedforward_layernorm_2.weight", LAYER + "router.scale")},
         router=LAYER + "router.proj.weight",
         router_factor=math.sqrt,

@@ -19,6 +19,7 @@ from raymoe.architectures.moe_architecture import (
     MoeArchitecture,
     MoeShape,
     common_reasons,
+    fused_experts,
     head_dim_reason,
     no_shared_reasons,
     ungated_shared_reasons,
@@ -124,11 +125,6 @@ def _hybrid_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]
 
 # --- With windows: RoPE and windows per layer, a sink per head
 
-_SWA_EXPERTS = {
-    "ffn.gate": _MOE + "experts.gate_up_proj",
-    "ffn.up": _MOE + "experts.gate_up_proj",
-    "ffn.down": _MOE + "experts.down_proj",
-}
 # A head's output is multiplied by sigmoid(logsumexp(its scores) - sink). A family without sinks gets this value, with
 # which the factor is exactly 1. bfloat16 and float16 can represent it.
 _NO_SINK = -9984.0
@@ -228,7 +224,7 @@ GRANITE_ARCHITECTURES = (
         class_name="GraniteMoeSWAForCausalLM",
         accepts=("granite_swa", "smollm3", "ministral", "cwm"),
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, "attn.sinks": _SINKS},
-        expert=_SWA_EXPERTS,
+        expert=fused_experts("block_sparse_moe."),
         router=_MOE + "router.weight",
         shared=_SHARED,
         constants=_swa_constants,

@@ -22,6 +22,7 @@ from raymoe.architectures.moe_architecture import (
     MoeShape,
     bias_reasons,
     common_reasons,
+    fused_experts,
     head_dim_reason,
     ungated_shared_reasons,
     zero_ffn,
@@ -113,6 +114,8 @@ def _qwen3_5_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "attention_bias": spec.qkv_bias,
         "layer_types": list(spec.kinds),
+        # Of engines that do not read layer_types. With null they refuse layers that follow no interval.
+        "full_attention_interval": spec.attention_interval,
         "num_experts": moe.experts,
         "moe_intermediate_size": spec.intermediate,
         "shared_expert_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
@@ -254,7 +257,9 @@ LLAMA_LIKE_ARCHITECTURES = (
         class_name="Qwen3_5MoeForCausalLM",
         accepts=("qwen3_5_text",),
         backbone={row.role: row.name for row in QWEN3_5_ROWS if not row.is_ffn},
-        expert=EXPERTS,
+        expert=fused_experts("mlp."),
+        expert_also_read=EXPERTS,
+        wrapper="qwen3_5_moe",
         router=LAYER + "mlp.gate.weight",
         shared=_QWEN2_SHARED,
         shared_router=LAYER + "mlp.shared_expert_gate.weight",
@@ -263,6 +268,10 @@ LLAMA_LIKE_ARCHITECTURES = (
         unsupported_reasons=_qwen3_5_unsupported,
         dense_family="qwen3_5_text",
         min_transformers="5.23",
+        written_for={
+            "the experts of a layer in two tensors": "mlx-lm 0.32.2",
+            "the keys of a text model under text_config, with full_attention_interval": "mlx-lm 0.32.2",
+        },
         runs_in_vllm=True,
     ),
 )

@@ -151,9 +151,8 @@ def _add_layer_keys(writer: Any, spec: DenseSpec, architecture: LlamaCppArchitec
         recurrent = [kind == LINEAR for kind in spec.kinds]
         writer.add_array(f"{architecture.name}.attention.recurrent_layers", recurrent)
         # Older versions only support attention on every n-th layer.
-        every = spec.kinds.index(ATTENTION) + 1
-        if all((kind == ATTENTION) == (number % every == 0) for number, kind in enumerate(spec.kinds, 1)):
-            writer.add_full_attention_interval(every)
+        if spec.attention_interval is not None:
+            writer.add_full_attention_interval(spec.attention_interval)
     if architecture.has_rope_sections:
         # Which pairs of a head are rotated by the position in time, height and width. In text, all three are equal.
         pairs = spec.rotary_dim // 2
