@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 from pages import put_between
 
+from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.architectures.support_matrix import SupportedPair, supported_pairs, wrapped_types
 from raymoe.architectures.unsupported_families import UNSUPPORTED
 from raymoe.formatting import plural
@@ -52,6 +53,7 @@ def main() -> None:
     put_between(PAGE, MARK.format("exact"), exact_table(measured))
     put_between(PAGE, MARK.format("wrapped"), wrapped_table(measured))
     put_between(PAGE, MARK.format("refused"), refused_table())
+    put_between(PAGE, MARK.format("engines"), engines_table())
 
 
 def run_tests() -> dict[str, Measured]:
@@ -132,6 +134,17 @@ def refused_table() -> str:
     for family in UNSUPPORTED:
         types = ", ".join(f"`{name}`" for name in family.model_types)
         lines.append(f"| {family.title} | {types} | {family.reason} |")
+    return "\n".join(lines)
+
+
+def engines_table() -> str:
+    """What is written though transformers does without it."""
+    lines = ["| MoE architecture | what | for |", "|---|---|---|"]
+    for each in MOE_ARCHITECTURES.values():
+        forms = dict(each.written_for)
+        if each.tied_head_for:
+            forms["the head of a tied model, a copy of the embedding"] = each.tied_head_for
+        lines += [f"| {each.title} | {what} | {engines} |" for what, engines in forms.items()]
     return "\n".join(lines)
 
 

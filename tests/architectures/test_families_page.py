@@ -43,6 +43,7 @@ def test_the_page_names_exactly_the_pairs_of_the_code(script: ModuleType) -> Non
     assert script.pairs_of_page(page) == [(pair.family, pair.host) for pair in supported_pairs()], remedy
     assert script.wrapped_of_page(page) == list(WRAPPERS), remedy
     assert script.refused_of_page(page) == [name for family in UNSUPPORTED for name in family.model_types], remedy
+    assert page.split(script.MARK.format("engines"))[1].strip() == script.engines_table(), remedy
 
 
 def test_every_pair_of_the_code_is_tested() -> None:

@@ -1,7 +1,8 @@
 """The MoE architectures that experts are put into, by the families that they take.
 
 Output names are those of the checkpoints on the Hub, mostly one tensor per expert and matrix, which transformers 4 and
-5, vLLM, SGLang and llama.cpp's converter read; not the fused names that transformers 5 uses in memory.
+5, vLLM, SGLang and llama.cpp's converter read. Published mixtures of newer families (Qwen3.5, Gemma 4) have all experts
+of a layer in two tensors, as transformers 5 has them in memory.
 """
 
 from __future__ import annotations
