@@ -25,6 +25,7 @@ from raymoe import gate_modes
 from raymoe.config import MergeConfig
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions, MergePlan
+from raymoe.routers.backbone_in_process import merged_locally
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes
 from raymoe.sources.hub import HubOptions
@@ -298,8 +299,9 @@ def merge_config(
     expert_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """A config in which expert i has `PROMPTS[i]` where the gate mode reads prompts."""
-    prompted = mode not in gate_modes.MODES or gate_modes.MODES[mode].needs_prompts
+    """A config in which expert i has `PROMPTS[i]` where the gate mode or the backbone reads prompts."""
+    is_regmean = "regmean" in str(options.get("backbone"))
+    prompted = mode not in gate_modes.MODES or gate_modes.MODES[mode].needs_prompts or is_regmean
 
     def entry(source: Path | str, number: int, *, with_prompts: bool, extra: Mapping[str, Any] | None) -> Any:
         prompts = {"positive_prompts": list(PROMPTS[number])} if with_prompts else {}
@@ -317,7 +319,7 @@ def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOpt
     """The files of `raymoe.merge` that a model loader reads, written in this process: same plan, same bytes."""
     plan = raymoe.plan(config, options, allow_all_same=True)
     folder.mkdir(parents=True)
-    with SourceReader(HubOptions()) as reader:
+    with SourceReader(HubOptions()) as reader, merged_locally(plan.moments, reader, device="cpu"):
         rows, _ = compute_routers_locally(plan.gates, reader, device="cpu")
         for shard in plan.shards:
             with open(folder / shard.file_name, "wb") as file:

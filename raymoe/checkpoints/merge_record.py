@@ -79,10 +79,13 @@ def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]
     drawn: dict[tuple[object, ...], GatePrompts] = {
         (CONFIG_KEYS[prompts.owner.kind], prompts.owner.index): prompts for prompts in plan.gates.members
     }
+    of_backbone = {prompts.owner: prompts.positive for prompts in plan.moments.experts} if plan.moments else {}
     records = []
     for (experts, number, key), file in config.prompt_files.items():
         prompts = drawn[experts, number]
-        texts = prompts.positive if key == "positive_prompts" else prompts.negative
+        texts = (
+            prompts.positive or of_backbone.get(prompts.owner, ()) if key == "positive_prompts" else prompts.negative
+        )
         digest = hashlib.sha256(json.dumps(texts, separators=(",", ":")).encode()).hexdigest()
         place = file.absolute_name
         records.append({"owner": str(prompts.owner), "key": key, "file": place, "count": len(texts), "sha256": digest})

@@ -16,10 +16,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator
 from raymoe.config.coerce import optional, parse_choice, parse_finite, value_error
 from raymoe.config.source_positions import short_repr, yaml_kind
 
-BackboneMethod = Literal["base", "linear", "slerp", "ties"]
+BackboneMethod = Literal["base", "linear", "slerp", "ties", "regmean"]
 BackboneGroup = Literal["attention", "norms", "embeddings"]
 METHODS: tuple[BackboneMethod, ...] = get_args(BackboneMethod)
 GROUPS: tuple[BackboneGroup, ...] = get_args(BackboneGroup)
+
+DEFAULT_ALPHA = 0.9
+"""The factor of `regmean` on off-diagonal second moments, as in most of its paper's experiments."""
 
 _NICKNAMES = {"attn": "attention", "norm": "norms", "embedding": "embeddings", "embed": "embeddings"}
 
@@ -47,6 +50,14 @@ def _parse_density(value: Any) -> float:
     return number
 
 
+def _parse_alpha(value: Any) -> float:
+    number = parse_finite(value)
+    if not 0 <= number < 1:
+        remedy = "write 0 or more, and less than 1, so that the second moments can be inverted; the paper takes 0.9"
+        raise value_error(f"{short_repr(number)} is not a factor of regmean", remedy)
+    return number
+
+
 def _parse_include(value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise value_error(f"expected a list, got {yaml_kind(value)}", f"write a list of these: {', '.join(GROUPS)}")
@@ -60,8 +71,9 @@ class BackboneConfig(BaseModel):
     """How attention, norms and embeddings of the merge are made.
 
     `base` takes the base model's. The other methods merge those of the experts, and mean what they mean in
-    mergekit-yaml: `weights` are the experts' shares (`None`: equal ones), `scale` is a factor on the difference to the
-    base, `density` the share of differences that `ties` keeps (`None`: all), `include` the groups that are merged.
+    mergekit-yaml, or in the paper of RegMean: `weights` are the experts' shares (`None`: equal ones), `scale` is a
+    factor on the difference to the base, `density` the share of differences that `ties` keeps (`None`: all), `alpha`
+    the factor of `regmean` on off-diagonal second moments (`None`: 0.9), `include` the groups that are merged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,12 +82,18 @@ class BackboneConfig(BaseModel):
     weights: Annotated[tuple[float, ...] | None, BeforeValidator(optional(_parse_weights))] = None
     scale: Annotated[float, PlainValidator(optional(parse_finite, 1.0))] = 1.0
     density: Annotated[float | None, PlainValidator(optional(_parse_density))] = None
+    alpha: Annotated[float | None, PlainValidator(optional(_parse_alpha))] = None
     include: Annotated[tuple[BackboneGroup, ...], BeforeValidator(optional(_parse_include, GROUPS))] = GROUPS
 
     @property
     def is_merged(self) -> bool:
         """Whether the backbone is merged from those of the experts."""
         return self.method != "base"
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether the experts' own models have to read their prompts before the backbone can be merged."""
+        return self.method == "regmean"
 
     @property
     def given(self) -> list[str]:

@@ -86,16 +86,21 @@ def _count_with_verb(count: int) -> str:
     return "is only 1 expert" if count == 1 else f"are only {count} experts"
 
 
-def _lacks_prompts(config: MergeConfig, expert: ExpertConfig) -> bool:
-    """Whether the router can't be computed from this expert's positive prompts.
+def _lacks_prompts(expert: ExpertConfig, *, needs_text: bool) -> bool:
+    """Whether there is nothing to compute from in this expert's positive prompts.
 
-    A blank prompt is read as the beginning of a text (the BOS token), as mergekit-moe reads it. Gate modes that fit
-    rows to tokens need other tokens than BOS.
+    A blank prompt is read as the beginning of a text (the BOS token), as mergekit-moe reads it. With `needs_text`,
+    other tokens than BOS are needed.
     """
     prompts = expert.positive_prompts
     if isinstance(prompts, PromptFile):  # what a file holds is known when it is read; these checks run again then
         return False
-    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].needs_text else not prompts
+    return not any(prompt.strip() for prompt in prompts) if needs_text else not prompts
+
+
+def _lacks_gate_prompts(config: MergeConfig, expert: ExpertConfig) -> bool:
+    """Whether the router can't be computed from this expert's positive prompts."""
+    return _lacks_prompts(expert, needs_text=MODES[config.gate_mode].needs_text)
 
 
 def _prompt_findings(checked: _ReadConfig) -> _Findings:
@@ -104,7 +109,7 @@ def _prompt_findings(checked: _ReadConfig) -> _Findings:
         return
     for index, expert in enumerate(config.experts):
         loc: Loc = ("experts", index, "positive_prompts")
-        if checked.has(loc) and _lacks_prompts(config, expert):
+        if checked.has(loc) and _lacks_gate_prompts(config, expert):
             what = "has only blank prompts" if expert.positive_prompts else "has no prompts"
             yield (
                 loc,
@@ -118,7 +123,7 @@ def _shared_prompt_findings(checked: _ReadConfig) -> _Findings:
     config = checked.config
     if not checked.has(("gate_mode",), ("shared_experts",)) or not config.needs_prompts:
         return
-    without = [i for i, expert in enumerate(config.shared_experts) if _lacks_prompts(config, expert)]
+    without = [i for i, expert in enumerate(config.shared_experts) if _lacks_gate_prompts(config, expert)]
     for index in without:
         expert = config.shared_experts[index]
         loc: Loc = ("shared_experts", index, "positive_prompts")
@@ -140,7 +145,7 @@ def _identical_prompt_findings(checked: _ReadConfig) -> _Findings:
     config = checked.config
     if not checked.has(("gate_mode",), ("experts",)) or not config.needs_prompts or len(config.experts) < 2:
         return
-    if any(_lacks_prompts(config, expert) for expert in config.experts):
+    if any(_lacks_gate_prompts(config, expert) for expert in config.experts):
         return  # already reported for each expert
     if len({_prompts_of(config, expert) for expert in config.experts}) == 1:
         yield (
@@ -160,11 +165,16 @@ def _backbone_findings(checked: _ReadConfig) -> _Findings:
     if not checked.has(("backbone",)):
         return
     if not backbone.is_merged and backbone.given:
-        remedy = "remove it, or write method: linear, slerp or ties"
+        remedy = "remove it, or write method: linear, slerp, ties or regmean"
         yield ("backbone",), f"{backbone.given[0]} has no effect with method base: the base's backbone is taken", remedy
     if backbone.density is not None and backbone.is_merged and backbone.method != "ties":
         what = f"density is for ties, which drops small differences; method {backbone.method} takes all of them"
         yield ("backbone", "density"), what, "remove density, or write method: ties"
+    if backbone.method == "regmean":
+        yield from _regmean_findings(checked)
+    elif backbone.alpha is not None and backbone.is_merged:
+        what = f"alpha is for regmean, which reads prompts; method {backbone.method} reads none"
+        yield ("backbone", "alpha"), what, "remove alpha, or write method: regmean"
     if ("experts",) in checked.unread:
         return
     if backbone.weights is not None and len(backbone.weights) != count:
@@ -175,6 +185,25 @@ def _backbone_findings(checked: _ReadConfig) -> _Findings:
     if backbone.method == "slerp" and count != 2:
         what = f"slerp interpolates between two models: it takes 2 experts, not {count}"
         yield ("backbone",), what, "write method: linear or ties"
+
+
+def _regmean_findings(checked: _ReadConfig) -> _Findings:
+    """`regmean` merges attention, by what each expert's own model makes of the expert's prompts."""
+    config = checked.config
+    backbone = config.backbone
+    if "attention" not in backbone.include:
+        what = "regmean merges the matrices of attention, and include leaves them out; the rest is averaged"
+        yield ("backbone", "include"), what, "include attention, or write method: linear"
+    weights = backbone.weights or (1.0,) * len(config.experts)
+    for index, (expert, weight) in enumerate(zip(config.experts, weights, strict=False)):
+        loc: Loc = ("experts", index, "positive_prompts")
+        if weight and checked.has(loc) and _lacks_prompts(expert, needs_text=True):
+            what = "has only blank prompts" if expert.positive_prompts else "has no prompts"
+            yield (
+                loc,
+                f"the expert {what}, but backbone: regmean measures with them what its attention works on",
+                "add texts this expert is good at, give it weight 0 in the backbone, or use backbone: linear",
+            )
 
 
 def _is_all_same(config: MergeConfig) -> bool:
@@ -217,7 +246,7 @@ def _blank_prompt_warnings(config: MergeConfig) -> Iterator[str]:
         for key in ("positive_prompts", "negative_prompts"):
             prompts: tuple[str, ...] | PromptFile = getattr(expert, key)
             for number, prompt in enumerate(() if isinstance(prompts, PromptFile) else prompts):
-                if not prompt.strip() and config.needs_prompts:
+                if not prompt.strip() and config.reads_prompts:
                     yield (
                         f"{format_loc(('experts', index, key, number))} is blank: only the beginning of a text is read"
                     )
@@ -226,7 +255,7 @@ def _blank_prompt_warnings(config: MergeConfig) -> Iterator[str]:
 def _unused_key_warnings(config: MergeConfig) -> Iterator[str]:
     if config.prompt_model and not config.needs_prompts:
         yield f"prompt_model has no effect: gate_mode {config.gate_mode} reads no prompts"
-    if not config.needs_prompts and any(map(config.uses_chat_template, config.all_experts)):
+    if not config.reads_prompts and any(map(config.uses_chat_template, config.all_experts)):
         yield f"chat_template has no effect: gate_mode {config.gate_mode} reads no prompts"
     for loc, prompts in config.prompt_files.items():
         if "field" in prompts.model_fields_set and file_format(prompts.file) == "txt":

@@ -201,20 +201,30 @@ class MergeConfig(BaseModel):
         """Whether the router is computed from the experts' prompts."""
         return MODES[self.gate_mode].needs_prompts
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the router or the backbone is computed from the experts' prompts."""
+        return self.needs_prompts or self.backbone.needs_prompts
+
     def uses_chat_template(self, expert: ExpertConfig) -> bool:
         """Whether the prompts of one of this config's experts are put into the chat template."""
         return self.chat_template if expert.chat_template is None else expert.chat_template
 
     @property
     def prompt_files(self) -> dict[Loc, PromptFile]:
-        """The files to draw prompts from, by location in the config; empty if the gate mode reads no prompts."""
+        """The files to draw prompts from, by location in the config; empty if nothing reads prompts."""
         return {
             (experts, number, key): prompts
             for experts in _EXPERTS
             for number, expert in enumerate(getattr(self, experts))
             for key in _PROMPTS
-            if self.needs_prompts and isinstance(prompts := getattr(expert, key), PromptFile)
+            if self._reads(experts, key) and isinstance(prompts := getattr(expert, key), PromptFile)
         }
+
+    def _reads(self, experts: str, key: str) -> bool:
+        """Whether anything is computed from these prompts. The backbone needs the experts' positive ones."""
+        is_of_backbone = (experts, key) == ("experts", "positive_prompts")
+        return self.needs_prompts or (self.backbone.needs_prompts and is_of_backbone)
 
     def with_prompts(self, texts: Mapping[Loc, tuple[str, ...]]) -> MergeConfig:
         """This config with the prompts at the locations of `texts` replaced."""

@@ -20,9 +20,8 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions, ReadingOptions
 from raymoe.gate_modes import DEFAULT_MODE, MODES
 from raymoe.object_store.location import Location
-from raymoe.planning import MergeOptions
+from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.owner import BASE, Owner
-from raymoe.planning.plan import GatePlan
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model
@@ -142,12 +141,12 @@ def without_comparisons(remedy: str, wanted: Sequence[str], without: set[str]) -
     return f"{remedy + ', or ' if remedy else ''}leave out the comparisons that need it: --against {rest}"
 
 
-def plan_hidden_gates(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> GatePlan:
-    """The plan of this merge's gates in mode `hidden`, the default. Raises ProblemReport if they can't be computed."""
+def plan_hidden(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> MergePlan:
+    """The plan of this merge with gate mode `hidden`, the default. Raises ProblemReport if it can't be computed."""
     config = merge.config.model_copy(update={"gate_mode": DEFAULT_MODE})
     merge_options = replace(merge.options, quantize_gates=None)
     try:
-        return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True).gates
+        return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True)
     except ProblemReport as report:
         problems = [replace(p, remedy=without_comparisons(p.remedy, wanted, {"hidden"})) for p in report.problems]
         raise ProblemReport(problems) from None

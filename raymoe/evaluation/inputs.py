@@ -23,7 +23,7 @@ from raymoe.evaluation.finished_merge import (
     open_merge,
     open_mixture,
     open_tokenizer,
-    plan_hidden_gates,
+    plan_hidden,
     resolve_sources,
     unique_names,
     without_comparisons,
@@ -31,14 +31,14 @@ from raymoe.evaluation.finished_merge import (
 from raymoe.evaluation.models import check_tokens, models_for_tokens, open_further_models
 from raymoe.evaluation.options import EvaluationOptions, option_problems
 from raymoe.planning.owner import BASE, Owner
-from raymoe.planning.plan import GatePlan
+from raymoe.planning.plan import MergePlan
 from raymoe.sources.facts import ModelFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationInputs:
     """`names` are the experts' unique names. `models` holds all models that the merge is compared with, by the name of
-    their loss; `gates` is the plan of the rows of mode `hidden`, if they are compared."""
+    their loss; `hidden` is the plan of this merge with gate mode `hidden`, if that is compared."""
 
     merge: EvaluatedMerge
     mixture: CheckpointModel
@@ -47,7 +47,7 @@ class EvaluationInputs:
     tokens: TokenizedTexts
     tokenizer: Any
     models: Mapping[str, CheckpointModel]
-    gates: GatePlan | None
+    hidden: MergePlan | None
     oracle: bool
     warnings: tuple[str, ...]
 
@@ -84,9 +84,9 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     models = _open_sources(sources or {}, names, wanted, collector)
     warnings += _add_average(models, names, wanted, options, collector)
     further = open_further_models(options.models, options, merge.config.storage, collector)
-    gates = None
+    hidden = None
     if sources is not None and "hidden" in wanted:
-        gates = collector.run(plan_hidden_gates, merge, wanted, options)
+        hidden = collector.run(plan_hidden, merge, wanted, options)
     tokenizer = collector.run(open_tokenizer, merge, options)
     if collector.problems or mixture is None or texts is None:
         raise collector.report()
@@ -102,7 +102,7 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
         tokens=tokens,
         tokenizer=tokenizer,
         models=models,
-        gates=gates,
+        hidden=hidden,
         oracle="oracle" in wanted,
         warnings=(*merge.facts.warnings, *warnings, *_text_warnings(texts, tokens, names, options), *more),
     )

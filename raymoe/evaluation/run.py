@@ -30,9 +30,9 @@ from raymoe.evaluation.metrics import (
 )
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.evaluation.routing_samples import RoutingSamples
-from raymoe.planning.plan import GatePlan, Router
+from raymoe.planning.plan import MergePlan, Router
 from raymoe.progress_line import ProgressLine, token_layers
-from raymoe.routers.prompt_lengths import reading_work
+from raymoe.routers.prompt_lengths import plan_work
 from raymoe.routers.router_matrices import router_rows
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES
@@ -120,8 +120,8 @@ class _Computation:
         variants = [Variant(name="merged", on_routing=self._on_routing)]
         if self._inputs.oracle:
             variants.append(Variant(name="oracle", forced=self._inputs.text_experts))
-        if self._inputs.gates is not None:
-            variants.append(self._hidden_variant(self._inputs.gates))
+        if self._inputs.hidden is not None:
+            variants.append(self._hidden_variant(self._inputs.hidden))
         return self._passes.run(self._inputs.mixture, variants)
 
     def models(self) -> Values:
@@ -133,20 +133,30 @@ class _Computation:
         self.counts.add(self._label_numbers[text], layer, experts_TK[skipped:], weights_TK[skipped:])
         self.samples.record(text, experts_TK)
 
-    def _hidden_variant(self, gates: GatePlan) -> Variant:
+    def _hidden_variant(self, plan: MergePlan) -> Variant:
         """The rows of gate mode `hidden`, rounded as they would be in the checkpoint."""
         from raymoe.evaluation.scoring import Variant
+        from raymoe.routers.backbone_in_process import merged_locally
         from raymoe.routers.in_process import compute_routers_locally
 
-        self._progress.stage("gates of mode hidden", reading_work(gates, hub=self._hub))
-        rows, _ = compute_routers_locally(
-            gates,
+        gates = plan.gates
+        self._progress.stage("gates of mode hidden", plan_work(plan, hub=self._hub))
+        with merged_locally(
+            plan.moments,
             self._reader,
             device=self._device,
             trust_remote_code=self._remote_code,
             layer_done=self._progress.add,
             on_begin=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
-        )
+        ):
+            rows, _ = compute_routers_locally(
+                gates,
+                self._reader,
+                device=self._device,
+                trust_remote_code=self._remote_code,
+                layer_done=self._progress.add,
+                on_begin=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
+            )
         mixture = self._inputs.mixture
         dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.0.{mixture.spec.family.ffn}.router"].entry.dtype]
 
@@ -170,6 +180,6 @@ def _total_work(inputs: EvaluationInputs, options: EvaluationOptions) -> int:
     from raymoe.evaluation.passes import models_work
     from raymoe.evaluation.scoring import pass_work
 
-    variants = 1 + inputs.oracle + (inputs.gates is not None)
+    variants = 1 + inputs.oracle + (inputs.hidden is not None)
     total = pass_work(inputs.mixture, inputs.tokens.ids, variants) + models_work(inputs.models, inputs.tokens.ids)
-    return total + (reading_work(inputs.gates, hub=options.hub) if inputs.gates is not None else 0)
+    return total + (plan_work(inputs.hidden, hub=options.hub) if inputs.hidden is not None else 0)

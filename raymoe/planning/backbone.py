@@ -3,6 +3,9 @@
 A tensor of the backbone comes from the base, from one model (if all others that count have the same), or from a
 `Combination`. It is described by the base's layout and name for it. So fused tensors, permuted heads and renamed
 tensors work as they do for the base (`tensor_sources.base_tensors`), and prompts are read with the same tensors.
+
+`regmean` merges the matrices of attention by the inputs that they have in the experts' own models, and all else by the
+mean. `plan_moments` says which prompts those models have to read for it.
 """
 
 from __future__ import annotations
@@ -12,15 +15,24 @@ from dataclasses import dataclass, field
 
 from raymoe.architectures import DenseSpec, MoeArchitecture
 from raymoe.architectures.dense_family import TensorRow
-from raymoe.config import BackboneConfig
-from raymoe.config.backbone import GROUPS
+from raymoe.config import BackboneConfig, MergeConfig
+from raymoe.config.backbone import DEFAULT_ALPHA, GROUPS
+from raymoe.config.prompt_sources import expand_prompts
 from raymoe.formatting import short_list
 from raymoe.planning.owner import CONFIG_KEYS, Owner
-from raymoe.planning.plan import BackboneReport, Combination, UnusedBackbone, WeightRef
-from raymoe.planning.tensor_sources import ROTARY_ROLES, Member, head_permutation, weight_ref
+from raymoe.planning.plan import (
+    BackboneReport,
+    Combination,
+    GatePrompts,
+    MatrixMoments,
+    MomentPlan,
+    UnusedBackbone,
+    WeightRef,
+)
+from raymoe.planning.tensor_sources import ROTARY_ROLES, Member, head_permutation, weight_ref, weight_refs
 from raymoe.sources.dtypes import FLOAT_DTYPES
-from raymoe.sources.facts import ModelFacts, TensorEntry
-from raymoe.tensor_names import EMBEDDING, HEAD
+from raymoe.sources.facts import ModelFacts, SideFile, TensorEntry
+from raymoe.tensor_names import EMBEDDING, HEAD, layer_of
 
 _EMBEDDING_ROLES = ("embed", "lm_head")
 _NAMED = 3  # tensors per note
@@ -115,12 +127,12 @@ class _BackbonePlanner:
 
     def plan_refs(self) -> dict[str, WeightRef]:
         found = {}
-        for row, _, name in self.spec.tensors():
+        for row, layer, name in self.spec.tensors():
             if row.is_ffn or group_of(row) not in self.config.include:
                 continue
             base = weight_ref(self.facts, name)
             contributions = list(self._contributions(row, name, base.entry))
-            ref = self._combine(row, base, contributions)
+            ref = self._combine(row, layer, base, contributions)
             if ref == base:
                 self.kept += 1
                 continue
@@ -151,7 +163,9 @@ class _BackbonePlanner:
                 self._note(member, f"{what} {base.shape[0]}; a token has to have one id in both models", name)
             yield _Contribution(owner=member.owner, name=own_name, ref=ref, weight=weight)
 
-    def _combine(self, row: TensorRow, base: WeightRef, contributions: Sequence[_Contribution]) -> WeightRef:
+    def _combine(
+        self, row: TensorRow, layer: int | None, base: WeightRef, contributions: Sequence[_Contribution]
+    ) -> WeightRef:
         """One tensor from all contributions; if they are all the same and the method does not change it, that
         tensor."""
         refs, method = tuple(each.ref for each in contributions), self.config.method
@@ -164,6 +178,10 @@ class _BackbonePlanner:
         is_one = len(set(refs)) == 1 and refs[0].entry.shape == base.entry.shape
         if is_one and method != "ties" and self.config.scale == 1.0:
             return refs[0]
+        moments = None
+        if method == "regmean":
+            moments = self._moments(row, layer, base.entry.name, contributions)
+            method = "linear" if moments is None else method
         heads = head_permutation(self.spec, self.architecture)
         rotates = any(role in ROTARY_ROLES for role, _, _ in self.spec.fused_parts(row))
         combination = Combination(
@@ -175,8 +193,24 @@ class _BackbonePlanner:
             density=self.config.density or 1.0,
             dtype=self.dtype,
             together=heads.head_dim if heads is not None and rotates else 1,
+            moments=moments,
         )
         return WeightRef(entry=base.entry, combined=combination)
+
+    def _moments(
+        self, row: TensorRow, layer: int | None, name: str, contributions: Sequence[_Contribution]
+    ) -> MatrixMoments | None:
+        """Which inputs a tensor is merged by; None if the mean is taken: of tensors that are no matrices of attention,
+        and of one tensor."""
+        entry = contributions[0].ref.entry
+        if layer is None or not is_matrix_of_attention(row, entry) or len({each.ref for each in contributions}) == 1:
+            return None
+        return MatrixMoments(
+            layer=layer,
+            module=module_of(name, layer),
+            experts=tuple(each.owner for each in contributions),
+            alpha=DEFAULT_ALPHA if self.config.alpha is None else self.config.alpha,
+        )
 
     def _note(self, member: Member, remark: str, name: str) -> None:
         self._remarks.setdefault((_place(member), remark), []).append(name)
@@ -187,6 +221,76 @@ class _BackbonePlanner:
             yield f"{place}: {short_list(names, _NAMED)}: {remark}"
         if self.config.is_merged and any(member.is_shared for member in self.members):
             yield "shared_experts have no part in the backbone"
+
+
+def is_matrix_of_attention(row: TensorRow, entry: TensorEntry) -> bool:
+    """Whether a tensor is a matrix that attention, or what a layer has in its place, multiplies its inputs by."""
+    return group_of(row) == "attention" and len(entry.shape) == 2
+
+
+def module_of(name: str, layer: int) -> str:
+    """The module of a layer, by its name there, that has the weight `name`.
+
+    Example:
+        >>> module_of("model.layers.3.self_attn.q_proj.weight", 3)
+        'self_attn.q_proj'
+    """
+    return name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight")
+
+
+def plan_moments(
+    config: MergeConfig, members: Sequence[Member], backbone: Backbone, tokenizer: Sequence[SideFile]
+) -> MomentPlan | None:
+    """Plan what is read before matrices can be merged by `regmean`; None if none is.
+
+    Each expert that has a part in a matrix reads its own positive prompts, as a dense model with its own attention.
+
+    Args:
+        config: The config, with the prompts of its files.
+        members: Experts and shared experts.
+        backbone: The planned backbone.
+        tokenizer: The base's tokenizer.
+    """
+    matrices: dict[int, list[Combination]] = {}
+    owners: set[Owner] = set()
+    for ref in backbone.refs.values():
+        if ref.combined is not None and (moments := ref.combined.moments) is not None:
+            matrices.setdefault(moments.layer, []).append(ref.combined)
+            owners.update(moments.experts)
+    if not matrices:
+        return None
+    layers = max(matrices) + 1
+
+    def prompts(member: Member) -> GatePrompts:
+        return GatePrompts(
+            owner=member.owner,
+            positive=expand_prompts(member.config.positive_prompts),
+            negative=(),
+            config=member.facts.config,
+            weights=_weights_before_ffn(member, layers),
+            chat_template=config.uses_chat_template(member.config),
+        )
+
+    return MomentPlan(
+        layers=layers,
+        hidden=next(member.spec.hidden for member in members if member.owner in owners),
+        experts=tuple(prompts(member) for member in members if member.owner in owners),
+        tokenizer_files=tuple(tokenizer),
+        matrices=tuple(tuple(matrices.get(layer, ())) for layer in range(layers)),
+    )
+
+
+def _weights_before_ffn(member: Member, layers: int) -> dict[str, WeightRef]:
+    """The parameters that a model needs to run until the FFN of the last of `layers` layers."""
+    ffn = f".{member.spec.family.ffn}."
+
+    def is_needed(name: str) -> bool:
+        layer = layer_of(name)
+        if layer is None:
+            return name == EMBEDDING
+        return layer < layers - 1 or (layer == layers - 1 and ffn not in name)
+
+    return {name: ref for name, ref in weight_refs(member.facts, member.spec).items() if is_needed(name)}
 
 
 def _place(member: Member) -> str:

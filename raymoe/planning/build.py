@@ -18,7 +18,7 @@ from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gate_modes import MODES
-from raymoe.planning.backbone import Backbone, plan_backbone
+from raymoe.planning.backbone import Backbone, plan_backbone, plan_moments
 from raymoe.planning.compatibility import (
     check_expert,
     check_tensors,
@@ -105,10 +105,12 @@ def build_plan(
     for member in members:
         where = f"{_expert_key(member)} ({member.facts.label})"
         problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)
-        whole = _prompt_model(config) == "expert" and MODES[config.gate_mode].needs_forward_pass
+        reads_gates = _prompt_model(config) == "expert" and MODES[config.gate_mode].needs_forward_pass
+        reads_backbone = config.backbone.needs_prompts and not member.is_shared
+        whole = reads_gates or reads_backbone
         problems += check_tensors(member.facts, member.spec, _expert_key(member), ffn_only=not whole)
-        problems += adapter_problems(member.facts, member.spec, _expert_key(member), ffn_only=not whole)
-        if config.backbone.is_merged and not member.is_shared and not whole:
+        problems += adapter_problems(member.facts, member.spec, _expert_key(member), ffn_only=not reads_gates)
+        if config.backbone.is_merged and not member.is_shared and not reads_gates:
             problems += adapter_problems(
                 member.facts, member.spec, _expert_key(member), ffn_only=False, instead="use backbone: base"
             )
@@ -125,10 +127,13 @@ def build_plan(
 
 
 def _tokenizer_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
-    if not MODES[config.gate_mode].needs_prompts or has_vocabulary(base.side_files):
+    if not config.reads_prompts or has_vocabulary(base.side_files):
         return []
-    what = f"there is no tokenizer in it, with which gate_mode {config.gate_mode} reads prompts"
-    remedy = "copy the files of its tokenizer (tokenizer.json, for one) to it, or use gate_mode: random"
+    needed = config.needs_prompts
+    reader = f"gate_mode {config.gate_mode}" if needed else f"backbone: {config.backbone.method}"
+    what = f"there is no tokenizer in it, with which {reader} reads prompts"
+    other = "gate_mode: random" if needed else "backbone: linear"
+    remedy = f"copy the files of its tokenizer (tokenizer.json, for one) to it, or use {other}"
     return [Problem(where=f"base_model ({base.label})", what=what, remedy=remedy)]
 
 
@@ -191,6 +196,7 @@ def _assemble(
         tensors = wrap_tensors(tensors, wrapper, base_facts)
     owners = [BASE, ALL_EXPERTS, *(m.owner for m in members), ALL_SHARED, ROUTER]
     gates = _gate_plan(config, options, base_facts, base, members, backbone, bool(architecture.shared_router))
+    moments = plan_moments(config, members, backbone, gates.tokenizer_files)
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
     check_plan(shards, tensors)
     warnings = [f"{architecture.title}: {architecture.note}"] if architecture.note and not moe.shared else []
@@ -261,11 +267,12 @@ def _assemble(
         side_files=side_files,
         gates=gates,
         sources=(_source(BASE, base_facts), *(_member_source(m, backbone) for m in members)),
-        totals=compute_totals(shards, moe, gates),
+        totals=compute_totals(shards, moe, gates, moments),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
         backbone=backbone.report,
-        digest=plan_digest(shards, output_config, side_files, gates, strict=options.strict),
+        moments=moments,
+        digest=plan_digest(shards, output_config, side_files, gates, moments=moments, strict=options.strict),
     )
 
 

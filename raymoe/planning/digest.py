@@ -15,7 +15,7 @@ from typing import Any
 
 from raymoe.planning.multipart import upload_layout
 from raymoe.planning.owner import Owner
-from raymoe.planning.plan import GatePlan, Shard
+from raymoe.planning.plan import GatePlan, MomentPlan, Shard
 from raymoe.sources.facts import SideFile, SourceFile
 
 # Increase this if the same plan gives other bytes than before (another solver, another order of tensors).
@@ -24,7 +24,7 @@ OUTPUT_FORMAT = 2
 # Names of classes and fields as they have always been in digests, which identify unfinished and finished merges.
 _DIGEST_NAMES = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantize": "quantise"}
 # Plans without these newer fields keep their digests.
-_LEFT_OUT_IF_NONE = frozenset({"whole", "magnitude", "heads", "content", "combined", "factor"})
+_LEFT_OUT_IF_NONE = frozenset({"whole", "magnitude", "heads", "content", "combined", "factor", "moments"})
 # The text of a plan with 200,000 tensors has hundreds of megabytes. It is hashed in pieces by its outer levels: shard
 # by shard, and member by member of the gates.
 _LEVELS_IN_PIECES = 3
@@ -36,6 +36,7 @@ def plan_digest(
     side_files: tuple[SideFile, ...],
     gates: GatePlan,
     *,
+    moments: MomentPlan | None = None,
     strict: bool = False,
 ) -> str:
     """SHA-256 (hex) over everything that decides the output's bytes.
@@ -50,6 +51,7 @@ def plan_digest(
         "config": config,
         "side_files": side_files,
         "gates": gates,
+        **({"moments": moments} if moments is not None else {}),
         **({"strict": True} if strict else {}),
         "upload": upload_layout(shards),
     }

@@ -6,6 +6,7 @@ later.
         .parts     Part: one output tensor, or one expert's share of it; bytes [start, end) of the shard
           .what    Copy | Transform | Combine | Columns | Router | Constant: where those bytes come from
       .gates       GatePlan: which prompts are read by which model to make the router rows
+      .moments     MomentPlan: the same for a backbone that is merged by what prompts give; None for others
       .side_files  small files taken over from the base byte for byte
 
 Everything but the router's values is known here, from configs and file headers, before any weight is read.
@@ -14,14 +15,17 @@ Sizes are bytes, intervals half-open.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 from raymoe.architectures.wrappers import find_wrapper, text_part
 from raymoe.formatting import human_bytes, human_count, plural
+from raymoe.gate_modes import MODES
 from raymoe.html_repr import html_table
 from raymoe.planning.owner import ROUTER, Owner
+from raymoe.sources.dtypes import DTYPE_BYTES
 from raymoe.sources.facts import LoraPair, SideFile, SourceFile, TensorEntry
 
 
@@ -105,13 +109,30 @@ class Transform:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixMoments:
+    """The inputs of a matrix of attention, of which second moments are measured for `regmean`.
+
+    Attributes:
+        layer: The layer.
+        module: The module of the layer that multiplies by the matrix: `self_attn.q_proj`.
+        experts: The experts, in the order of `Combination.experts`, of which prompts give the inputs.
+        alpha: The factor on off-diagonal second moments.
+    """
+
+    layer: int
+    module: str
+    experts: tuple[Owner, ...]
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
     """One tensor of the backbone, made of the same tensor of the base and of several experts.
 
     Computed in float32 and rounded to `dtype`, in the layout that the base stores (`storage.combine` has the formulas).
 
     Attributes:
-        method: `linear`, `slerp` or `ties`.
+        method: `linear`, `slerp`, `ties` or `regmean`.
         base: The base's tensor. The result has its shape.
         experts: The experts' tensors, in the config's order. One may have more or fewer rows than the base's: then it
             counts for the rows that both have.
@@ -120,6 +141,8 @@ class Combination:
         density: `ties`: the share of each expert's differences that counts: the largest ones.
         dtype: The output's dtype.
         together: This many rows are computed together, since heads are permuted as a whole.
+        moments: `regmean`: which inputs the matrix is merged by. The result is computed once, before shards are
+            written (`routers.regmean`).
     """
 
     method: str
@@ -130,6 +153,7 @@ class Combination:
     density: float
     dtype: str
     together: int = 1
+    moments: MatrixMoments | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -284,6 +308,50 @@ class GatePrompts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MomentPlan:
+    """The prompts that are read before the backbone is merged by `regmean`: each expert's, by the expert's own model.
+
+    Attributes:
+        layers: The number of layers that prompts pass.
+        hidden: The width of the states between layers.
+        experts: The prompts and the model of each expert that has a part in the matrices.
+        tokenizer_files: The base's tokenizer.
+        matrices: The matrices to merge, by layer. The shards name them too.
+    """
+
+    layers: int
+    hidden: int
+    experts: tuple[GatePrompts, ...]
+    tokenizer_files: tuple[SideFile, ...]
+    matrices: tuple[tuple[Combination, ...], ...] = field(compare=False)
+
+    needs_prompts: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = True
+    runs_model: ClassVar[bool] = True
+
+    @property
+    def members(self) -> tuple[GatePrompts, ...]:
+        """The experts, as `GatePlan.members`."""
+        return self.experts
+
+    @property
+    def prompted(self) -> tuple[GatePrompts, ...]:
+        """The experts: all of them have prompts."""
+        return self.experts
+
+    @property
+    def tensors(self) -> Iterator[Combination]:
+        """All matrices to merge."""
+        for of_layer in self.matrices:
+            yield from of_layer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all merged matrices."""
+        return sum(math.prod(each.shape) * DTYPE_BYTES[each.dtype] for each in self.tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatePlan:
     """How the router rows are made: one `GatePrompts` per expert, then one per shared expert with a gate."""
 
@@ -299,6 +367,21 @@ class GatePlan:
     quantize: str | None
 
     @property
+    def needs_prompts(self) -> bool:
+        """Whether the mode computes rows from prompts."""
+        return MODES[self.mode].needs_prompts
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether positive prompts need tokens other than BOS."""
+        return MODES[self.mode].needs_text
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether a model reads the prompts, layer by layer."""
+        return MODES[self.mode].needs_forward_pass
+
+    @property
     def members(self) -> tuple[GatePrompts, ...]:
         """Experts, then shared experts."""
         return (*self.experts, *self.shared)
@@ -307,6 +390,10 @@ class GatePlan:
     def prompted(self) -> tuple[GatePrompts, ...]:
         """The members with prompts to read; none in modes that read no prompts."""
         return tuple(member for member in self.members if member.positive)
+
+
+PromptPlan = GatePlan | MomentPlan
+"""Prompts, and the models that read them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,7 +431,7 @@ class BackboneReport:
     """A description of the merge's backbone, for displays: no bytes depend on it.
 
     Attributes:
-        method: How it is made: `base`, `linear`, `slerp` or `ties`.
+        method: How it is made: `base`, `linear`, `slerp`, `ties` or `regmean`.
         experts: The number of experts that count.
         include: The groups that are merged.
         combined: The number of tensors that are computed from several models.
@@ -364,7 +451,8 @@ class BackboneReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Sums over the plan. Parameters are counted in the output's own tensors; `active` for one token."""
+    """Sums over the plan. Parameters are counted in the output's own tensors; `active` for one token. `gate_bytes` and
+    `backbone_bytes` of weights are read for the prompts of the gates and of the backbone."""
 
     parameters: int
     active_parameters: int
@@ -373,6 +461,7 @@ class Totals:
     bytes_by_kind: Mapping[str, int]
     gate_bytes: int
     peak_gate_bytes: int
+    backbone_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,6 +480,17 @@ class MergePlan:
     warnings: tuple[str, ...]
     backbone: BackboneReport
     digest: str
+    moments: MomentPlan | None = None
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether a model reads prompts, for routers or for the backbone."""
+        return self.gates.runs_model or self.moments is not None
+
+    @property
+    def prompt_plans(self) -> tuple[PromptPlan, ...]:
+        """The prompts of the backbone, if it needs any, then those of the gates."""
+        return (self.gates,) if self.moments is None else (self.moments, self.gates)
 
     def __repr__(self) -> str:
         return f"MergePlan({self.architecture}, {', '.join(text for _, text in self._facts)})"

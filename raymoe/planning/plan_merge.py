@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cache
 
 from raymoe.config import MergeConfig, check_config
-from raymoe.errors import ProblemCollector, ProblemReport
+from raymoe.errors import Problem, ProblemCollector, ProblemReport
 from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.planning.prompt_checks import prompt_checks
 from raymoe.sources.facts import ModelFacts, SourceFile
@@ -70,15 +70,21 @@ def plan_merge(
         )
         collector.problems += chat_template_problems(config, base, hub, remote_folders)
         base = collector.run(_with_side_files, base, read) or base
-        tokenizer = collector.run(tokenizer_facts, base.side_files, read) if config.needs_prompts else None
+        tokenizer = collector.run(tokenizer_facts, base.side_files, read) if config.reads_prompts else None
     if collector.problems or concrete is None:
         raise collector.report()
     differing = {model.label: sampled_differences(base.index, model.index) for model in facts.values()}
     planned = build_plan(concrete, {**facts, config.base_model: base}, options or MergeOptions(), differing)
-    problems, warnings = prompt_checks(planned.gates, tokenizer) if tokenizer is not None else ([], [])
+    problems: list[Problem] = []
+    warnings = list(planned.warnings)
+    if tokenizer is not None:
+        for plan in planned.prompt_plans:
+            found, more = prompt_checks(plan, tokenizer)
+            problems += found
+            warnings += more
     if problems:
-        raise ProblemReport(problems)
-    return replace(planned, warnings=tuple(dict.fromkeys((*planned.warnings, *warnings))))
+        raise ProblemReport(list(dict.fromkeys(problems)))
+    return replace(planned, warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _with_side_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import short_list
 from raymoe.gate_modes import MODES, better_mode
-from raymoe.planning.plan import GatePlan, GatePrompts
+from raymoe.planning.plan import GatePlan, GatePrompts, MomentPlan, PromptPlan
 from raymoe.sources.tokenizer_files import TokenizerFacts, with_bos
 from raymoe.tensor_names import EMBEDDING
 
@@ -20,16 +20,16 @@ _FEW = 8
 _NAMED = 5
 
 
-def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Problem], list[str]]:
+def prompt_checks(plan: PromptPlan, tokenizer: TokenizerFacts) -> tuple[list[Problem], list[str]]:
     """(problems, warnings) of prompts. Problems: a tokenizer or a text that can't be read, a prompt without tokens, a
     token that the embedding has no row for. Warnings: prompts that are too long."""
     problems: list[Problem] = []
     warnings: list[str] = []
     try:
         encode = tokenizer.encoder()
-        for member in gates.members:
-            problems += _without_tokens(gates, member, tokenizer.bos)
-            rows, limit = _rows(member), _limit(gates, member)
+        for member in plan.members:
+            problems += _without_tokens(plan, member, tokenizer.bos)
+            rows, limit = _rows(member), _limit(plan, member)
             if encode and member.positive and (tokenizer.may_exceed(rows) or any(_length_bounds(member, limit))):
                 found, long = _encoded(member, tokenizer, encode, limit)
                 problems += found
@@ -41,7 +41,7 @@ def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Prob
     return problems, warnings
 
 
-def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> Iterator[Problem]:
+def _without_tokens(plan: PromptPlan, member: GatePrompts, bos: str | None) -> Iterator[Problem]:
     """Prompts without tokens; `bos` is as in `TokenizerFacts`. With a chat template, every prompt has tokens."""
     if bos is None or member.chat_template or not member.positive:
         return
@@ -49,8 +49,11 @@ def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> It
         if not with_bos(text, bos):
             what = "it has no tokens: a blank prompt is read as BOS, and the tokenizer has no BOS token"
             yield Problem(where=f"{member.owner}, {name} ({text[:40]!r})", what=what, remedy="give it some text")
-    if bos and MODES[gates.mode].needs_text and all(with_bos(text, bos) == bos for text in member.positive):
-        what = f"its positive prompts have no tokens but BOS, and gate_mode {gates.mode} fits routers to the others"
+    if bos and plan.needs_text and all(with_bos(text, bos) == bos for text in member.positive):
+        user = (
+            "backbone: regmean measures" if isinstance(plan, MomentPlan) else f"gate_mode {plan.mode} fits routers to"
+        )
+        what = f"its positive prompts have no tokens but BOS, and {user} the others"
         yield Problem(where=str(member.owner), what=what, remedy="give it some text")
 
 
@@ -86,10 +89,10 @@ def _rows(member: GatePrompts) -> int:
     return member.weights[EMBEDDING].entry.shape[0] if EMBEDDING in member.weights else 0
 
 
-def _limit(gates: GatePlan, member: GatePrompts) -> int:
+def _limit(plan: PromptPlan, member: GatePrompts) -> int:
     """The largest number of tokens that the reading model supports; 0 if none reads them, or it does not say."""
     limit = member.config.get("max_position_embeddings")
-    return limit if MODES[gates.mode].needs_forward_pass and isinstance(limit, int) else 0
+    return limit if plan.runs_model and isinstance(limit, int) else 0
 
 
 def _texts(member: GatePrompts) -> Iterator[tuple[str, str]]:

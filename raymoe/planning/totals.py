@@ -1,4 +1,4 @@
-"""Sums over a plan: parameters, bytes by owner and by kind of part, bytes that the gate pass reads and holds."""
+"""Sums over a plan: parameters, bytes by owner and by kind of part, bytes that are read for prompts and held."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 
 from raymoe.architectures import MoeShape
 from raymoe.planning.owner import Owner, OwnerKind
-from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals, WeightRef
+from raymoe.planning.plan import GatePlan, GatePrompts, MomentPlan, PromptPlan, Shard, Totals, WeightRef
 from raymoe.sources.facts import TensorEntry
 from raymoe.tensor_names import layer_of
 
 
-def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals:
+def compute_totals(
+    shards: Sequence[Shard], moe: MoeShape, gates: GatePlan, moments: MomentPlan | None = None
+) -> Totals:
     parameters, expert_parameters = 0, 0
     by_owner: dict[Owner, int] = {}
     by_kind: dict[str, int] = {}
@@ -26,7 +28,6 @@ def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> T
             kind = type(part.what).__name__.lower()
             by_kind[kind] = by_kind.get(kind, 0) + part.nbytes
     idle = expert_parameters * (moe.experts - moe.experts_per_token) // moe.experts
-    readers = _distinct_readers(gates.members)
     # Of the embedding, only the rows of the prompts' tokens are read.
     return Totals(
         parameters=parameters,
@@ -34,7 +35,8 @@ def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> T
         output_bytes=sum(by_owner.values()),
         bytes_by_owner=by_owner,
         bytes_by_kind=by_kind,
-        gate_bytes=sum(_layer_bytes(reader) for reader in readers),
+        gate_bytes=sum(map(_layer_bytes, _distinct_readers(gates.members))),
+        backbone_bytes=sum(map(_layer_bytes, _distinct_readers(moments.members))) if moments is not None else 0,
         peak_gate_bytes=largest_layer(gates, lambda entry: entry.nbytes),
     )
 
@@ -54,13 +56,15 @@ def _bytes_read(ref: WeightRef) -> int:
     """Adapters are not counted: their factors are small."""
     if ref.combined is None:
         return ref.entry.nbytes
+    if ref.combined.moments is not None:  # it is in Ray's object store
+        return 0
     return sum(model.entry.nbytes for model in (ref.combined.base, *ref.combined.experts))
 
 
-def largest_layer(gates: GatePlan, size: Callable[[TensorEntry], int]) -> int:
+def largest_layer(plan: PromptPlan, size: Callable[[TensorEntry], int]) -> int:
     """The size of the largest layer that prompts pass. The embedding does not count, since it is read row by row."""
     found = 0
-    for reader in _distinct_readers(gates.members):
+    for reader in _distinct_readers(plan.members):
         layers: Counter[int] = Counter()
         for name, ref in reader.weights.items():
             if (layer := layer_of(name)) is not None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from raymoe.formatting import human_bytes, plural
 from raymoe.planning.plan import BackboneReport, MergePlan
+from raymoe.routers.attention_inputs import MAX_TOKENS
+from raymoe.routers.prompt_lengths import prompt_lengths
+from raymoe.routers.regmean_memory import merging_operations
 
 _METHODS = {
     "linear": "the mean (linear) of {}",
     "slerp": "the spherical mean (slerp) of {}",
     "ties": "merged by TIES from {}",
+    "regmean": "merged by RegMean (attention's matrices; else the mean) from {}",
 }
 _DIFFERENT = "known to differ from the base's"
 _UNKNOWN = "stored in other files than the base's; not compared, or equal in samples"
@@ -33,6 +37,22 @@ def backbone_lines(plan: MergePlan) -> list[str]:
     leaves out."""
     report = plan.backbone
     return [_made_of(plan), *report.notes, *unused_lines(report)]
+
+
+def backbone_work(plan: MergePlan) -> list[str]:
+    """A line about what has to be read and computed before the backbone is written, if prompts decide it."""
+    if (moments := plan.moments) is None:
+        return []
+    prompts = sum(len(each.positive) for each in moments.experts)
+    tokens = sum(sum(positive) for positive, _ in prompt_lengths(moments, exact=False).values())
+    operations = merging_operations(moments, min(MAX_TOKENS, tokens))
+    experts = f"{len(moments.experts)} {plural('expert', len(moments.experts))}"
+    return [
+        f"Before the backbone is written, {prompts} prompts are read by their own experts ({experts}); "
+        f"{human_bytes(plan.totals.backbone_bytes)} of weights are read for them. Merging takes about "
+        f"{operations:.1e} operations in float64. Merged matrices ({human_bytes(moments.nbytes)}) wait in Ray's "
+        "object store."
+    ]
 
 
 def _made_of(plan: MergePlan) -> str:

@@ -17,11 +17,23 @@ from pathlib import Path
 
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import FOLDS
-from raymoe.planning.plan import Columns, Combine, MergePlan, Part, PartSource, Transform, WeightRef
+from raymoe.planning.plan import (
+    Columns,
+    Combine,
+    MergePlan,
+    MomentPlan,
+    Part,
+    PartSource,
+    PromptPlan,
+    Transform,
+    WeightRef,
+)
 from raymoe.planning.totals import largest_layer
+from raymoe.routers.attention_inputs import MAX_TOKENS
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.routers.prompt_passes import Reading, plan_readings
+from raymoe.routers.regmean_memory import inputs_bytes, max_merges_at_once, merging_bytes
 from raymoe.routers.tokenize import batches, chunk_size, read_scan, round_up
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.transform import THREADS
@@ -72,14 +84,18 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 
     Returns:
         Bytes by `cpu`, `gpu` and `beside_gpu`; the last two are 0 if no model is run.
     """
-    mode = MODES[plan.gates.mode]
     writing = _writing_bytes(plan, sent)
-    if not mode.needs_prompts:
-        return {"cpu": _COPYING_ACTOR_BYTES + writing, "gpu": 0, "beside_gpu": 0}
-    if not mode.needs_forward_pass:
+    if not plan.runs_model:
+        if not plan.gates.needs_prompts:
+            return {"cpu": _COPYING_ACTOR_BYTES + writing, "gpu": 0, "beside_gpu": 0}
         return {"cpu": _EMBEDDING_ACTOR_BYTES + writing + _embedding_bytes(plan, hub), "gpu": 0, "beside_gpu": 0}
-    passes, tokens = _passes(plan, hub)
-    each = [_pass_bytes(plan, one, tokens) for one in passes]
+    each = []
+    if plan.moments is not None:
+        passes, tokens = _passes(plan.moments, hub)
+        each += [_moment_pass_bytes(plan.moments, one, tokens) for one in passes]
+    if plan.gates.runs_model:
+        passes, tokens = _passes(plan.gates, hub)
+        each += [_pass_bytes(plan, one, tokens) for one in passes]
     largest = {key: max(found[key] for found in each) for key in ("cpu", "gpu", "beside_gpu")}
     computing = _CUDA_ACTOR_BYTES if _is_cuda_build() else _COMPUTING_ACTOR_BYTES
     return {
@@ -91,23 +107,63 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 
 
 def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
     """The memory of a pass, without the actor's libraries; `tokens` are those of all passes together."""
-    gates, hidden, mode = plan.gates, plan.gates.hidden, MODES[plan.gates.mode]
-    run = mode.layers_run(gates.layers)
-    layer, elements = plan.totals.peak_gate_bytes, largest_layer(gates, lambda entry: math.prod(entry.shape))
+    gates, mode = plan.gates, MODES[plan.gates.mode]
+    fitting = mode.fitting_bytes(gates.hidden, tokens)
+    return _reading_bytes(
+        gates,
+        one,
+        run=mode.layers_run(gates.layers),
+        layer=plan.totals.peak_gate_bytes,
+        kept=_activation_bytes(plan, tokens),
+        computing=fitting,
+        computed_at_once=max_layers_at_once(gates),
+        gpu_libraries=mode.gpu_library_bytes,
+    )
+
+
+def _moment_pass_bytes(moments: MomentPlan, one: _Pass, tokens: int) -> dict[str, int]:
+    """The memory of a pass for the backbone, without the actor's libraries; `tokens` are those of all passes
+    together. Inputs and merged matrices are in Ray's object store, as activations are."""
+    kept = sum(map(inputs_bytes, moments.matrices)) * min(tokens, MAX_TOKENS) // MAX_TOKENS
+    return _reading_bytes(
+        moments,
+        one,
+        run=moments.layers,
+        layer=largest_layer(moments, lambda entry: entry.nbytes),
+        kept=kept + moments.nbytes,
+        computing=max(map(merging_bytes, moments.matrices)),
+        computed_at_once=max_merges_at_once(moments),
+        gpu_libraries=MODES["ridge"].gpu_library_bytes,  # which factorizes too
+    )
+
+
+def _reading_bytes(
+    plan: PromptPlan,
+    one: _Pass,
+    *,
+    run: int,
+    layer: int,
+    kept: int,
+    computing: int,
+    computed_at_once: int,
+    gpu_libraries: int,
+) -> dict[str, int]:
+    """The memory of a pass that runs `run` layers of up to `layer` bytes and keeps `kept` bytes of activations. What is
+    computed of them takes `computing` bytes per layer."""
+    hidden, elements = plan.hidden, largest_layer(plan, lambda entry: math.prod(entry.shape))
     # The dtype of computation follows from the embedding, whatever the layers' own dtypes are.
     dtype = one.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
-    fitting = mode.fitting_bytes(hidden, tokens)
-    common = _TOKEN_BYTES * one.tokens + _activation_bytes(plan, tokens)
+    common = _TOKEN_BYTES * one.tokens + kept
     reading = {
-        width: one.tokens * hidden * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width)
+        width: one.tokens * hidden * width + _work_bytes(plan.hidden, one, width) + _adapter_bytes(one, width)
         for width in {here, stored}
     }
     return {
-        "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * max_layers_at_once(gates)),
-        "gpu": max(min(3, run) * max(layer, elements * stored) + reading[stored], fitting),
-        "beside_gpu": common + min(2, run) * layer + mode.gpu_library_bytes,
+        "cpu": common + max(min(2, run) * elements * here + reading[here], computing * computed_at_once),
+        "gpu": max(min(3, run) * max(layer, elements * stored) + reading[stored], computing),
+        "beside_gpu": common + min(2, run) * layer + gpu_libraries,
     }
 
 
@@ -139,14 +195,13 @@ def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:
     return different * row + _TOKEN_BYTES * tokens
 
 
-def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
+def _passes(plan: PromptPlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
     """The passes of one actor, and the tokens of all prompts together."""
-    gates = plan.gates
-    members = gates.prompted
-    lengths = prompt_lengths(gates, exact=False)
+    members = plan.prompted
+    lengths = prompt_lengths(plan, exact=False)
     total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
-    if total * gates.hidden * 4 > _MIN_COUNTED_BYTES:
-        lengths = prompt_lengths(gates, hub=hub)
+    if total * plan.hidden * 4 > _MIN_COUNTED_BYTES:
+        lengths = prompt_lengths(plan, hub=hub)
         total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
     chunks = {member.owner: chunk_size(member.config) for member in members}
     sizes = {owner: _batch_sizes(*lengths[owner], chunk=chunk) for owner, chunk in chunks.items()}
@@ -158,7 +213,7 @@ def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
             members=taken,
             scanned=max(scanned for part in taken for _, scanned in sizes[part.owner]),
         )
-        for taken in plan_readings(members, 1, gates.hidden)
+        for taken in plan_readings(members, 1, plan.hidden)
     ], total
 
 
@@ -174,7 +229,7 @@ def _batch_sizes(*lengths: list[int], chunk: int) -> list[tuple[int, int]]:
     return [(len(g) * most, len(g) * round_up(most, chunk)) for g, most in zip(groups, longest, strict=True)]
 
 
-def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
+def _work_bytes(hidden: int, one: _Pass, width: int) -> int:
     """Activations of one batch in one layer: three of the FFN's width, six of the states' width. Attention holds no
     scores, but it holds a mask if a sliding window is shorter than a prompt. Linear attention computes in float32."""
     config = one.members[0].config
@@ -183,7 +238,7 @@ def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
     mask = 5 * one.longest**2 if one.longest > window else 0
     scan = read_scan(config)
     scanning = 4 * one.scanned * scan.numbers if scan else 0
-    return one.batch_tokens * width * (3 * wide + 6 * plan.gates.hidden) + mask + scanning
+    return one.batch_tokens * width * (3 * wide + 6 * hidden) + mask + scanning
 
 
 def _activation_bytes(plan: MergePlan, tokens: int) -> int:

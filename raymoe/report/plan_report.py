@@ -16,7 +16,7 @@ from raymoe.gate_modes import MODES
 from raymoe.object_store.location import Location, LocationKind
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, ROUTER, OwnerKind
 from raymoe.planning.plan import MergePlan, Shard
-from raymoe.report.backbone_lines import backbone_lines
+from raymoe.report.backbone_lines import backbone_lines, backbone_work
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.results import MergeResult, Verification
 from raymoe.storage.transfer_summary import TRANSFER_METHODS
@@ -71,6 +71,8 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
             "tensors_combined": plan.backbone.combined,
             "tensors_kept": plan.backbone.kept,
             "notes": list(plan.backbone.notes),
+            "weight_bytes_read": totals.backbone_bytes,
+            "prompts": {str(p.owner): len(p.positive) for p in plan.moments.experts} if plan.moments else {},
             "unused": [
                 {"owner": str(each.owner), "groups": list(each.groups), "differing": list(each.differing)}
                 for each in plan.backbone.unused
@@ -110,7 +112,7 @@ def print_plan(
     print_line("")
     for method, count in (output.bytes_by_method if output else {}).items():
         print_line(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {TRANSFER_METHODS[method]}")
-    for line in backbone_lines(plan):
+    for line in (*backbone_lines(plan), *backbone_work(plan)):
         print_line(line)
     print_line(_gate_line(plan))
     memory = actor_memory(plan, hub, sent=_bytes_sent(output))

@@ -101,11 +101,11 @@ class _Capture:
         groups = [(g, sign) for sign, ids in ((False, positive), (True, negative)) for g in batches(ids, budget, chunk)]
         signs = [sign for _, sign in groups]
         everything = [Batch(group) for group, _ in groups]
-        part = _batch_slice([batch.ids.numel() for batch in everything], *part_of(prompts))
+        part = batch_slice([batch.ids.numel() for batch in everything], *part_of(prompts))
         self.batches = everything[part]
         self._owner, self._hidden = prompts.owner, gates.hidden
         mode = MODES[gates.mode]
-        tokens = _Tokens(everything, signs, bos, mode.token_limit(members))
+        tokens = ChosenTokens(everything, signs, bos, mode.token_limit(members))
         if mode.needs_text and not tokens.has_positive:
             what = f"the positive prompts of {prompts.owner} have no tokens but BOS"
             raise ProblemReport([Problem(where=str(prompts.owner), what=what, remedy="give it some text")])
@@ -119,7 +119,7 @@ class _Capture:
 
     def add_states(self, layer: int, batch: int, state_BTH: torch.Tensor) -> None:
         bits = self._tokens.select_states(batch, state_BTH)
-        if (bits & _NOT_FINITE == _NOT_FINITE).any():
+        if has_non_finite_bits(bits):
             raise MergeFailed(not_finite_message(self._owner, layer))
         self._states[layer].append(bits)
 
@@ -136,20 +136,34 @@ class _Capture:
         )
 
 
-def _batch_slice(sizes: Sequence[int], part: int, parts: int) -> slice:
+def has_non_finite_bits(bits: npt.NDArray[np.int16]) -> bool:
+    """Whether bfloat16 values, as int16, have NaN or infinity among them."""
+    return bool((bits & _NOT_FINITE == _NOT_FINITE).any())
+
+
+def batch_slice(sizes: Sequence[int], part: int, parts: int) -> slice:
     """The adjacent batches of `part` of `parts`, divided by their sizes."""
     ends = np.cumsum(sizes)
     of_batch = (ends - np.asarray(sizes) / 2) * parts // max(1, ends[-1])
     return slice(int((of_batch < part).sum()), int((of_batch <= part).sum()))
 
 
-class _Tokens:
-    """Selects the tokens to keep states of: `limit` evenly spaced ones of all real tokens except BOS.
+class ChosenTokens:
+    """Selects the tokens to keep states of: `limit` evenly spaced ones of all real tokens except BOS. With
+    `skips_first`, a prompt's first token is left out too, unless it is the only one.
 
     Batches of positive prompts come first. So neither kind is lost if there are many more prompts of the other.
     """
 
-    def __init__(self, groups: Sequence[Batch], signs: Sequence[bool], bos: int | None, limit: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Batch],
+        signs: Sequence[bool],
+        bos: int | None,
+        limit: int,
+        *,
+        skips_first: bool = False,
+    ) -> None:
         import torch
 
         real = []
@@ -157,6 +171,8 @@ class _Tokens:
             mask = torch.arange(group.ids.shape[1])[None] < group.lengths[:, None]
             if bos is not None:
                 mask[:, 0] &= group.ids[:, 0] != bos
+            if skips_first:
+                mask[:, 0] &= group.lengths == 1
             real.append(mask)
         total = [
             sum(int(mask.sum()) for mask, s in zip(real, signs, strict=True) if s is sign) for sign in (False, True)
@@ -181,9 +197,9 @@ class _Tokens:
             self._prompts.append(rows[:, None].expand_as(kept)[kept].numpy())
             self._negative.append(np.full(int(kept.sum()), sign))
 
-    def subset(self, part: slice) -> _Tokens:
+    def subset(self, part: slice) -> ChosenTokens:
         """The tokens of some of the batches, which are renumbered."""
-        some = object.__new__(_Tokens)
+        some = object.__new__(ChosenTokens)
         some.has_positive = self.has_positive
         for name in ("_masks", "_prompts", "_negative"):
             setattr(some, name, getattr(self, name)[part])

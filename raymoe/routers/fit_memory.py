@@ -6,10 +6,17 @@ Each layer is fitted alone, so that the routers do not depend on how many are fi
 from __future__ import annotations
 
 from raymoe.gate_modes import MODES
-from raymoe.planning.plan import GatePlan
+from raymoe.planning.plan import GatePlan, MergePlan
+from raymoe.routers.regmean_memory import max_merges_at_once
 
 _MAX_LAYERS_AT_ONCE = 4
 _BUDGET_BYTES = 2 << 30  # of all layers that one actor fits at once; one layer is fitted even if it needs more
+
+
+def max_computed_at_once(plan: MergePlan) -> int:
+    """The most layers that one actor computes at once, whatever its number of cores: their routers, or their
+    backbone."""
+    return min(max_layers_at_once(plan.gates), max_merges_at_once(plan.moments))
 
 
 def max_layers_at_once(gates: GatePlan) -> int:

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from raymoe.errors import ProblemReport
-from raymoe.gate_modes import MODES
 from raymoe.object_store.location import LocationKind
 from raymoe.planning.owner import Owner
-from raymoe.planning.plan import GatePlan
+from raymoe.planning.plan import GatePlan, MergePlan, PromptPlan
 from raymoe.routers.prompt_passes import text_tokens
 from raymoe.sources.hub import HubOptions
 from raymoe.sources.resolve import fetch_file
@@ -22,16 +21,16 @@ _TEXTS_AT_ONCE = 256  # that are tokenized at once
 
 
 def prompt_lengths(
-    gates: GatePlan, *, exact: bool = True, hub: HubOptions | None = None
+    plan: PromptPlan, *, exact: bool = True, hub: HubOptions | None = None
 ) -> dict[Owner, tuple[list[int], list[int]]]:
     """Tokens of each expert's positive and negative prompts, by owner.
 
     The tokenizer counts them if `exact` and its tokenizer.json is on this machine; otherwise they are estimated from
     the texts. `hub` says where the Hub's cache is; nothing is downloaded. A chat template counts as a few tokens.
     """
-    tokenizer = _tokenizer(gates, hub or HubOptions()) if exact else None
+    tokenizer = _tokenizer(plan, hub or HubOptions()) if exact else None
     lengths = {}
-    for member in gates.members:
+    for member in plan.members:
         more = _TEMPLATE_TOKENS if member.chat_template else 0
         positive, negative = (
             [length + more for length in _lengths(tokenizer, texts)] for texts in (member.positive, member.negative)
@@ -40,19 +39,24 @@ def prompt_lengths(
     return lengths
 
 
-def reading_work(gates: GatePlan, *, hub: HubOptions | None = None) -> int:
+def reading_work(plan: PromptPlan, *, hub: HubOptions | None = None) -> int:
     """The work of reading all experts' prompts, in tokens x layers, as `prompt_lengths` counts them."""
-    if not MODES[gates.mode].needs_forward_pass:
+    if not plan.runs_model:
         return 0
-    lengths = prompt_lengths(gates, hub=hub)
-    return gates.layers * sum(sum(positive) + sum(negative) for positive, negative in lengths.values())
+    lengths = prompt_lengths(plan, hub=hub)
+    return plan.layers * sum(sum(positive) + sum(negative) for positive, negative in lengths.values())
 
 
-def count_distinct_tokens(gates: GatePlan, *, hub: HubOptions | None = None) -> int | None:
+def plan_work(plan: MergePlan, *, hub: HubOptions | None = None) -> int:
+    """The work of reading all prompts of a merge, for its backbone and its routers, in tokens x layers."""
+    return sum(reading_work(prompts, hub=hub) for prompts in plan.prompt_plans)
+
+
+def count_distinct_tokens(plan: GatePlan, *, hub: HubOptions | None = None) -> int | None:
     """The most distinct tokens in the prompts of one expert, counted by the tokenizer; None if its tokenizer.json is
     not on this machine. `hub` as in `prompt_lengths`."""
-    tokenizer, most = _tokenizer(gates, hub or HubOptions()), 0
-    for member in gates.members:
+    tokenizer, most = _tokenizer(plan, hub or HubOptions()), 0
+    for member in plan.members:
         ids: set[int] = set()
         for some in _groups((*member.positive, *member.negative)):
             if (found := _ids(tokenizer, some)) is None:
@@ -84,9 +88,9 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]] | None:
         return None
 
 
-def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:
+def _tokenizer(plan: PromptPlan, hub: HubOptions) -> Any:
     """The tokenizer; None without a readable file: the merge reports what is wrong with it."""
-    for side in gates.tokenizer_files:
+    for side in plan.tokenizer_files:
         if side.name == _FILE and side.file.kind is not LocationKind.S3:
             try:
                 return plain_tokenizer(fetch_file(side.file, replace(hub, offline=True)).read_bytes(), _FILE)

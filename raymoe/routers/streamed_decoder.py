@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from inspect import signature
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from raymoe.architectures import FAMILIES
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.planning.plan import HeadPermutation, WeightRef
 from raymoe.routers.attention_sinks import ATTENTION_WITH_SINKS, register_sink_attention
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_ref
@@ -40,6 +40,7 @@ from raymoe.tensor_names import EMBEDDING, HEAD
 _ROTARY_WEIGHTS = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
 _NON_FINITE = ("Infinity", "-Infinity", "NaN")  # as transformers 5 names them
 StatesCallback = Callable[[int, int, torch.Tensor], None]
+InputsCallback = Callable[[int, int, str, torch.Tensor], None]
 
 
 class StreamableModel(Protocol):
@@ -56,6 +57,12 @@ def _ffn_input_hook(
     callback: StatesCallback, layer: int, number: int, ffn: torch.nn.Module, args: tuple[torch.Tensor]
 ) -> None:
     callback(layer, number, args[0])
+
+
+def _input_hook(
+    callback: InputsCallback, layer: int, number: int, name: str, module: torch.nn.Module, args: tuple[torch.Tensor]
+) -> None:
+    callback(layer, number, name, args[0])
 
 
 def load_configuration(config: Mapping[str, Any]) -> Any:
@@ -206,6 +213,50 @@ class StreamedDecoder:
                     states[number].copy_(output)
                 del output
             yield layer
+
+    def module_inputs(
+        self,
+        batches: Sequence[Batch],
+        modules: Sequence[Sequence[str]],
+        on_inputs: InputsCallback,
+        *,
+        models: Sequence[int] | None = None,
+    ) -> Iterator[int]:
+        """Call `on_inputs(layer, batch, module, input_BTX)` with the input of some modules of each layer.
+
+        Yields each layer's number after its last batch. `modules` names the modules of each layer, by their names
+        there; as many layers are run. The FFN of the last one is neither read nor run. `models` as in `layer_inputs`.
+        Raises MergeFailed if one of them is no linear module.
+        """
+        models = models or [0] * len(batches)
+        states = self._embed_all(batches, models)
+        for layer in self.loaded_layers(len(modules), last_ffn=False):
+            for number, model in enumerate(models):
+                self.activate_adapters(model)
+                with torch.inference_mode(), self._watched(layer, number, modules[layer], on_inputs):
+                    output = self.run_layer(layer, states[number])
+                if layer < len(modules) - 1:
+                    states[number].copy_(output)
+                del output
+            yield layer
+
+    @contextmanager
+    def _watched(self, layer: int, number: int, names: Sequence[str], on_inputs: InputsCallback) -> Iterator[None]:
+        """Call `on_inputs` when the named modules of the loaded layer run."""
+        handles = []
+        try:
+            for name in names:
+                module = self._model.layers[layer].get_submodule(name)
+                if not isinstance(module, torch.nn.Linear):
+                    raise MergeFailed(
+                        f"layer {layer}: {name} is a {type(module).__name__} in transformers, and backbone: regmean "
+                        "merges matrices of linear modules only. Use backbone: linear"
+                    )
+                handles.append(module.register_forward_pre_hook(partial(_input_hook, on_inputs, layer, number, name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _embed_all(self, batches: Sequence[Batch], models: Sequence[int]) -> list[torch.Tensor]:
         """The input of layer 0 for all batches, in one block of memory.

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.architectures.dense_family import Scan
 from raymoe.errors import CheckpointError, Problem, ProblemCollector, ProblemReport
-from raymoe.gate_modes import MODES
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning.owner import Owner
-from raymoe.planning.plan import GatePlan, GatePrompts
+from raymoe.planning.plan import GatePrompts, PromptPlan
 from raymoe.planning.prompt_checks import missing_row_problem
 from raymoe.sources.facts import SideFile
 from raymoe.sources.hub import HubOptions
@@ -127,10 +126,10 @@ def tokenize(
 
 
 def prompt_ids(
-    gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
+    plan: PromptPlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
 ) -> tuple[list[list[int]], list[list[int]], int | None]:
     """Token ids of the positive and the negative prompts, and the id of BOS. Raises ProblemReport for bad prompts."""
-    tokenizer = open_tokenizer(gates.tokenizer_files, reader, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(plan.tokenizer_files, reader, trust_remote_code=trust_remote_code)
     vocab = prompts.weights[EMBEDDING].entry.shape[0]
     positive, negative = (
         tokenize(tokenizer, texts, vocab=vocab, owner=prompts.owner, chat_template=prompts.chat_template)
@@ -164,7 +163,7 @@ def _token_problems(tokenizer: Any, tokens: Sequence[int], vocab: int, where: st
 
 
 def prompt_problems(
-    gates: GatePlan,
+    plan: PromptPlan,
     *,
     trust_remote_code: bool,
     hub: HubOptions | None = None,
@@ -176,14 +175,14 @@ def prompt_problems(
     template is tried. Transformers, and so torch, are imported only if the tokenizer's files do not answer these
     questions. Files that only other nodes have are checked by actors there.
     """
-    if not MODES[gates.mode].needs_prompts:
+    if not plan.needs_prompts:
         return []
     try:
-        paths = {side.name: fetch_file(side.file, hub, storage) for side in gates.tokenizer_files}
-        facts = tokenizer_facts(gates.tokenizer_files, lambda file: fetch_file(file, hub, storage).read_bytes())
+        paths = {side.name: fetch_file(side.file, hub, storage) for side in plan.tokenizer_files}
+        facts = tokenizer_facts(plan.tokenizer_files, lambda file: fetch_file(file, hub, storage).read_bytes())
     except CheckpointError:
         return []
-    open_texts = [(member, texts) for member in gates.prompted for texts in _unchecked_texts(member, facts) if texts]
+    open_texts = [(member, texts) for member in plan.prompted for texts in _unchecked_texts(member, facts) if texts]
     if not open_texts:
         return []
     collector = ProblemCollector()

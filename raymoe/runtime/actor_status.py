@@ -13,6 +13,7 @@ from raymoe.planning.plan import GatePrompts
 from raymoe.routers.prompt_passes import Reading
 
 ROUTERS_JOB = "routers"  # the name of router computation in `Status.heartbeats`
+BACKBONE_JOB = "backbone"  # the same of merging a layer of the backbone
 
 
 class WorkKind(Enum):
@@ -20,6 +21,8 @@ class WorkKind(Enum):
 
     PROMPTS = "reads the prompts of members"
     ROUTERS = "makes the routers of a layer"
+    INPUTS = "reads the prompts of members for the backbone"
+    BACKBONE = "merges the backbone of a layer"
     SHARD = "writes, sends or compares a shard"
     RECEIVE = "writes a shard that another actor sends"
 
@@ -38,6 +41,8 @@ class Working:
         labels = {
             WorkKind.PROMPTS: f"gates of {subject}",
             WorkKind.ROUTERS: ROUTERS_JOB,
+            WorkKind.INPUTS: f"backbone inputs of {subject}",
+            WorkKind.BACKBONE: BACKBONE_JOB,
             WorkKind.SHARD: subject,
             WorkKind.RECEIVE: f"receive {subject}",
         }
@@ -82,10 +87,10 @@ class ActorInfo(TypedDict):
     missing: frozenset[str]
 
 
-def reading_label(members: Sequence[GatePrompts]) -> str:
+def reading_label(members: Sequence[GatePrompts], kind: WorkKind = WorkKind.PROMPTS) -> str:
     """The name of the job that reads these prompts."""
     names = (member.name if isinstance(member, Reading) else str(member.owner) for member in members)
-    return Working(WorkKind.PROMPTS, tuple(names)).label
+    return Working(kind, tuple(names)).label
 
 
 def node_name() -> str:

@@ -126,6 +126,8 @@ def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
         "embedding_rows": "gates",
         "capture": "gates",
         "fit_layer": "layers",
+        "capture_inputs": "gates",
+        "merge_layer": "layers",
         "write_shard": "write",
         "send_shard": "write",
         "compare_shard": "write",

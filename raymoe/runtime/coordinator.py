@@ -24,7 +24,7 @@ from raymoe.object_store.errors import StorageError
 from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, MergePlan, Shard
 from raymoe.results import MergeResult
-from raymoe.routers.fit_memory import max_layers_at_once
+from raymoe.routers.fit_memory import max_computed_at_once
 from raymoe.routers.heldout_report import RouterSummary, router_warnings, summary_lines
 from raymoe.routers.router_matrices import RouterRows, router_bytes
 from raymoe.routers.row_checks import conditioning_warning, zero_row_warnings
@@ -97,11 +97,12 @@ def run_merge(
     if finished is not None:
         return _already_complete(plan, target, finished, settings, report)
     problems = problems or write_problems(target, settings.storage)
-    problems += prompt_problems(
-        plan.gates, trust_remote_code=settings.trust_remote_code, hub=settings.hub, storage=settings.storage
-    )
+    for prompts in plan.prompt_plans:
+        problems += prompt_problems(
+            prompts, trust_remote_code=settings.trust_remote_code, hub=settings.hub, storage=settings.storage
+        )
     if problems:
-        raise ProblemReport(problems)
+        raise ProblemReport(list(dict.fromkeys(problems)))
     if settings.verbosity >= 0:
         say(merge_line(plan, target.location.text))
     settings = replace(settings, strict=plan.options.strict)
@@ -138,19 +139,18 @@ def run_merge(
 
 
 def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
-    needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
     # With --strict, actors also read what the store copies.
     copies = [0 if plan.options.strict else target.copied_parts(shard) for shard in plan.worker_shards]
     return Workload(
-        jobs=max(copies.count(0), len(plan.gates.prompted)),
+        jobs=max(copies.count(0), *(len(prompts.prompted) for prompts in plan.prompt_plans)),
         copies=sum(copies),
-        runs_model=needs_forward_pass,
+        runs_model=plan.runs_model,
         quantize=plan.gates.quantize,
         experts=len(plan.gates.experts),
         reads_folders=any(file.kind.is_local for source in plan.sources for file in source.files),
         prefer_driver_node=target.location.kind.is_local,
-        shares_reads=needs_forward_pass and bool(tensors_read_for_shards(plan, work.reads)),
-        max_layers_at_once=max_layers_at_once(plan.gates),
+        shares_reads=plan.runs_model and bool(tensors_read_for_shards(plan, work.reads)),
+        max_layers_at_once=max_computed_at_once(plan),
     )
 
 

@@ -53,6 +53,10 @@ class Eligibility:
     def can_fit_layers(self, actor: PoolActor) -> bool:
         return actor.on_gpu or not any(other.on_gpu for other in self._pool.up)
 
+    def can_merge_backbone(self, actor: PoolActor) -> bool:
+        """True if this actor has the models of which matrices are merged."""
+        return actor.can_read(self._requirements.merging if self._requirements is not None else frozenset())
+
     def can_do(self, actor: PoolActor, job: ShardJob) -> bool:
         """True if an actor can get a job now: no other actors are meant for it, and the helper that it needs is up."""
         if job.asks_store is not actor.only_copies and self._has_kind(only_copies=job.asks_store):

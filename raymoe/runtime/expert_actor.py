@@ -5,7 +5,8 @@ reads the expert's prompts on the device, `write` writes shards, `control` answe
 work. Calls may be repeated after an actor died: a shard that is already complete is found in the journal and not
 written again.
 
-Torch is imported by `capture` and `fit_layer` alone, for modes that run a model.
+Torch is imported by the methods that read prompts with a model or compute what prompts give: `capture` and `fit_layer`
+for routers, `capture_inputs` and `merge_layer` for the backbone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from itertools import accumulate
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +29,8 @@ from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import LayerActivations, LayerRows, join_parts
 from raymoe.object_store.location import Location
 from raymoe.object_store.registry import process_counters
-from raymoe.planning.plan import GatePlan, GatePrompts
+from raymoe.planning.owner import Owner
+from raymoe.planning.plan import Combination, GatePlan, GatePrompts, MomentPlan
 from raymoe.runtime.actor_process import prioritize_gate_threads, set_up_process
 from raymoe.runtime.actor_status import ActorInfo, Status, Working, WorkKind, node_name, reading_label
 from raymoe.runtime.job_activity import ActiveJobs, TrackedJob
@@ -40,6 +44,12 @@ from raymoe.storage.read_cache import GATES, SHARDS, ReadCache
 from raymoe.storage.shard_stream import different_tensors, shard_chunks, shard_range
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.value_checks import WeightFindings
+
+if TYPE_CHECKING:
+    from raymoe.routers.attention_inputs import LayerInputs
+    from raymoe.routers.regmean import MatrixBytes
+
+_T = TypeVar("_T")
 
 
 class ExpertWorker:
@@ -82,12 +92,14 @@ class ExpertWorker:
         gates: GatePlan,
         members: Sequence[GatePrompts],
         experts: int,
+        matrices: Mapping[int, Any] = MappingProxyType({}),
         shared_with_shards: Sequence[TensorEntry] = (),
         *keep_cached: Sequence[TensorEntry],
     ) -> Iterator[LayerActivations | None]:
         """Yield one item per layer: the activations of the prompts of some of `experts` experts, by expert; then None,
         which marks the end. Ray stores each item as it is yielded: this process holds one layer's activations.
 
+        `matrices`: references to the merged matrices of the backbone, by layer.
         `shared_with_shards`: tensors in object stores that shards use too; this actor reads them once for both.
         `keep_cached`: the same for prompts that still wait, unless this actor has already been told of them.
         """
@@ -95,13 +107,13 @@ class ExpertWorker:
         for entries in (shared_with_shards, *keep_cached):
             self._read_cache.expect(entries, GATES, SHARDS)
         try:
-            yield from self._captured_layers(gates, members, experts)
+            yield from self._captured_layers(gates, members, experts, matrices)
         finally:
             self._read_cache.forget(shared_with_shards, GATES)
         yield None
 
     def _captured_layers(
-        self, gates: GatePlan, members: Sequence[GatePrompts], experts: int
+        self, gates: GatePlan, members: Sequence[GatePrompts], experts: int, matrices: Mapping[int, Any]
     ) -> Iterator[LayerActivations]:
         from raymoe.routers.activations import capture_layers
 
@@ -123,7 +135,7 @@ class ExpertWorker:
 
             check_quantize(gates.quantize, device)
         limit_threads()
-        with self._reading(members) as work, self._reader(work, GATES) as reader:
+        with self._reading(members) as work, self._reader(work, GATES, matrices) as reader:
             layers = capture_layers(
                 gates,
                 members,
@@ -144,10 +156,52 @@ class ExpertWorker:
         `parts` says how many of `activations` each member has, in order.
         """
         limit_threads(1)
-        ends = [sum(parts[: number + 1]) for number in range(len(parts))]
-        members = [join_parts(activations[end - count : end]) for end, count in zip(ends, parts, strict=True)]
+        members = list(map(join_parts, _grouped(activations, parts)))
         with self._active_jobs.track(Working(WorkKind.ROUTERS)) as work:
             return MODES[mode].fit_layer(members[:experts], members[experts:], self._device(), work.heartbeat)
+
+    def capture_inputs(
+        self, plan: MomentPlan, members: Sequence[GatePrompts], experts: int
+    ) -> Iterator[LayerInputs | None]:
+        """Yield one item per layer: the inputs of the layer's matrices for the prompts of some of `experts` experts, by
+        expert; then None, which marks the end."""
+        from raymoe.routers.attention_inputs import capture_inputs
+
+        device = self._device()
+        limit_threads()
+        with self._reading(members, WorkKind.INPUTS) as work, self._reader(work) as reader:
+            layers = capture_inputs(
+                plan,
+                members,
+                reader,
+                members=experts,
+                device=device,
+                trust_remote_code=self._settings.trust_remote_code,
+                layer_done=lambda tokens: work.heartbeat(),
+            )
+            for layer in layers:
+                work.heartbeat()
+                yield from layer
+        yield None
+
+    def merge_layer(
+        self, matrices: Sequence[Combination], owners: Sequence[Owner], parts: Sequence[int], *inputs: LayerInputs
+    ) -> Iterator[MatrixBytes | None]:
+        """Yield the merged matrices of a layer's backbone, which Ray stores; then None, which marks the end.
+
+        `parts` says how many of `inputs` each of `owners` has, in order.
+        """
+        from raymoe.routers.attention_inputs import join_inputs
+        from raymoe.routers.regmean import merge_layer
+
+        limit_threads(1)
+        joined = dict(zip(owners, map(join_inputs, _grouped(inputs, parts)), strict=True))
+        with (
+            self._active_jobs.track(Working(WorkKind.BACKBONE)) as work,
+            self._reader(work) as reader,
+        ):
+            yield merge_layer(matrices, joined, reader, self._device(), work.heartbeat)
+        yield None
 
     def write_shard(self, job: ShardJob) -> Any:
         """Write a shard, or a part of one; the result goes to the output's `complete`."""
@@ -222,7 +276,9 @@ class ExpertWorker:
             remedy = "see whether another merge has taken it over, and whether its filesystem is still there"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
-    def _reader(self, work: TrackedJob, name: str = SHARDS) -> SourceReader:
+    def _reader(
+        self, work: TrackedJob, name: str = SHARDS, matrices: Mapping[int, Any] = MappingProxyType({})
+    ) -> SourceReader:
         return SourceReader(
             self._settings.hub,
             self._settings.storage,
@@ -230,11 +286,14 @@ class ExpertWorker:
             name=name,
             findings=self._found,
             heartbeat=work.heartbeat,
+            matrices=StoredMatrices(matrices) if matrices else None,
         )
 
-    def _reading(self, members: Sequence[GatePrompts]) -> AbstractContextManager[TrackedJob]:
+    def _reading(
+        self, members: Sequence[GatePrompts], kind: WorkKind = WorkKind.PROMPTS
+    ) -> AbstractContextManager[TrackedJob]:
         owners = tuple(dict.fromkeys(str(member.owner) for member in members))
-        return self._active_jobs.track(Working(WorkKind.PROMPTS, owners), reading_label(members))
+        return self._active_jobs.track(Working(kind, owners), reading_label(members, kind))
 
     @contextmanager
     def _writing(self, job: ShardJob) -> Iterator[tuple[SourceReader, Progress]]:
@@ -253,11 +312,42 @@ class ExpertWorker:
         try:
             with (
                 self._active_jobs.track(Working(WorkKind.SHARD, (job.shard.file_name,)), job.name) as work,
-                self._reader(work, job.name if job.shared_with_shards else SHARDS) as reader,
+                self._reader(work, job.name if job.shared_with_shards else SHARDS, job.matrices) as reader,
             ):
                 yield reader, progress
         finally:
             self._read_cache.forget(job.shared_with_shards, job.name)
+
+
+class StoredMatrices:
+    """Merged matrices of the backbone in Ray's object store. Thread-safe. It holds those of one layer at a time."""
+
+    def __init__(self, references: Mapping[int, Any]) -> None:
+        """`references`: those of the matrices of each layer."""
+        self._references = references
+        self._lock = threading.Lock()
+        self._held: tuple[int, MatrixBytes] | None = None
+
+    def rows_of(self, layer: int, name: str) -> npt.NDArray[np.uint8]:
+        """As `MergedMatrices.rows_of`. Raises Ray's exceptions for lost objects."""
+        with self._lock:
+            if self._held is None or self._held[0] != layer:
+                self._held = None  # before the next one is fetched
+                self._held = layer, fetch_object(self._references[layer])
+            return self._held[1][name]
+
+
+def fetch_object(reference: Any) -> Any:
+    """An object in Ray's object store."""
+    import ray
+
+    return ray.get(reference)
+
+
+def _grouped(values: Sequence[_T], counts: Sequence[int]) -> list[Sequence[_T]]:
+    """`values` in groups of so many."""
+    ends = list(accumulate(counts))
+    return [values[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def _scan_copies(job: ShardJob, reader: SourceReader) -> None:

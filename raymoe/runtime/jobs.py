@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
 
 from raymoe.errors import MergeFailed, RaymoeError
 from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, first_line
@@ -30,7 +30,11 @@ class Job(ABC):
 
     failures: int = 0
     stalls: int = 0
-    takes_states: ClassVar[bool] = False  # whether its input is the output of other jobs in Ray's object store
+
+    @property
+    def takes_states(self) -> bool:
+        """Whether its input is the output of other jobs in Ray's object store."""
+        return False
 
     @property
     @abstractmethod

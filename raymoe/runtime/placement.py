@@ -18,7 +18,6 @@ from typing import Any
 
 from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
-from raymoe.gate_modes import MODES
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts, MergePlan
 from raymoe.runtime.ray_compat import free_resources_by_node
@@ -97,7 +96,8 @@ class _Task:
 class FileRequirements:
     """The local source files (by location) that each shard needs, and that reading each member's prompts needs.
 
-    `extra_files` are further files that a shard needs, by the shard's name.
+    `extra_files` are further files that a shard needs, by the shard's name. `merging` are those that merging a layer of
+    the backbone needs, if it is merged by what prompts give.
     """
 
     def __init__(self, plan: MergePlan, extra_files: Mapping[str, Iterable[SourceFile]] | None = None) -> None:
@@ -113,10 +113,15 @@ class FileRequirements:
             label = names.get(shard.owner, str(shard.owner))
             self._add("the shards of", label, self.shards[shard.file_name], shard.nbytes)
         tokenizer = [side.file for side in plan.gates.tokenizer_files]
-        computes = MODES[plan.gates.mode].needs_forward_pass
-        for member in plan.gates.prompted:
-            files = self.members[member.owner] = _local([*_prompt_files(member), *tokenizer], found)
-            self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
+        for prompts in plan.prompt_plans:
+            for member in prompts.prompted:
+                files = _local([*_prompt_files(member), *tokenizer], found)
+                self.members[member.owner] = self.members.get(member.owner, frozenset()) | files
+                self._add("reading the prompts of", names[member.owner], files, 0, computes=prompts.runs_model)
+        combined = plan.moments.tensors if plan.moments is not None else ()
+        self.merging = _local((entry.file for each in combined for entry in each.entries), found)
+        if self.merging:
+            self._add("merging the backbone of", "all experts", self.merging, 0, computes=True)
         self.files = tuple(found.values())
 
     @property

@@ -83,7 +83,8 @@ class Progress:
         """A function that shows the actors' current work. It is cheap enough to call often."""
         self._actors = len(actors)
         self._report.end("start of actors")
-        self._report.begin(*(["gates"] if self._gates else []), "shards")
+        backbone = ["backbone"] if self._plan.moments is not None else []
+        self._report.begin(*backbone, *(["gates"] if self._gates else []), "shards")
         self._report_step("actors are up")
 
         def tick(outcome: Outcome) -> None:
@@ -155,6 +156,9 @@ class Progress:
         return [*found[:_MAX_WARNINGS], *more]
 
     def _report_steps(self, outcome: Outcome) -> None:
+        if self._plan.moments is not None and outcome.backbone_done:
+            self._report.end("backbone")
+            self._report_step("backbone is merged")
         if self._gates and outcome.gates_done:
             self._report.end("gates")
             self._report_step("gates are computed")
@@ -179,11 +183,21 @@ class Progress:
             pace = self._shard_pace.text(moved, left, elapsed, human_bytes)
             shards += f" of {human_bytes(self._total)} ({(moved + kept) / self._total:.0%}{pace})"
         parts = [f"{elapsed:5.0f} s", shards]
-        if MODES[self._plan.gates.mode].needs_prompts:
+        if not outcome.backbone_done:
+            parts.append(self._backbone_progress(outcome))
+        elif MODES[self._plan.gates.mode].needs_prompts:
             parts.append(self._router_progress(outcome))
         if outcome.unavailable:
             parts.append(f"waiting for {len(outcome.unavailable)} of {self._actors} actors")
         return " | ".join(parts)
+
+    def _backbone_progress(self, outcome: Outcome) -> str:
+        assert self._plan.moments is not None
+        count = len(self._plan.moments.experts)
+        if outcome.backbone_members_done < count:
+            return f"backbone: prompts of {outcome.backbone_members_done} of {count} experts read"
+        layers = sum(map(bool, self._plan.moments.matrices))
+        return f"backbone: {outcome.backbone_layers_done} of {layers} layers merged"
 
     def _router_progress(self, outcome: Outcome) -> str:
         gates, count = self._plan.gates, len(self._gates)

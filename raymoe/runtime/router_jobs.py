@@ -11,9 +11,9 @@ layers (`cheap_embed`) need the first step only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from raymoe.console import say
 from raymoe.gate_modes import MODES
 from raymoe.planning.owner import Owner
-from raymoe.planning.plan import GatePlan
+from raymoe.planning.plan import GatePlan, PromptPlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.routers.router_matrices import RouterRows, collect_rows, embedding_rows_by_owner
@@ -36,13 +36,19 @@ class ReadPromptsJob(Job):
     """Prompts that one model reads.
 
     `states` refer to the activations that reading gives, once it has started: one layer after another, per reading.
-    `tensors` refer to the tensors, in Ray's object store, that the prompts' models share with shards.
+    `tensors` refer to the tensors, in Ray's object store, that the prompts' models share with shards; `matrices` to the
+    merged matrices of the backbone, by layer.
     """
 
-    work: GateWork
+    work: PromptWork
     readings: tuple[Reading, ...]
     states: list[Any] = field(default_factory=list)
     tensors: Any = None
+    matrices: Mapping[int, Any] = field(default_factory=dict)
+
+    @property
+    def takes_states(self) -> bool:
+        return bool(self.matrices)
 
     @property
     def owners(self) -> tuple[Owner, ...]:
@@ -74,10 +80,13 @@ class FitLayerJob(Job):
     """Computes the router of a layer from the activations of all prompts. `losses`: how often activations had been lost
     when it started."""
 
-    takes_states = True
-    work: GateWork
+    work: PromptWork
     layer: int
     losses: int = 0
+
+    @property
+    def takes_states(self) -> bool:
+        return True
 
     @property
     def label(self) -> str:
@@ -104,38 +113,36 @@ class FitLayerJob(Job):
             self.requeue()
 
 
-class GateWork:
-    """The queue of gate jobs, and their results."""
+class PromptWork:
+    """The queue of jobs of prompts, and their results. What is read and computed is up to the subclass."""
+
+    reading_job: ClassVar[type[ReadPromptsJob]] = ReadPromptsJob
+    layer_job: ClassVar[type[FitLayerJob]] = FitLayerJob
 
     def __init__(
         self,
-        gates: GatePlan,
+        plan: PromptPlan,
+        layers: Sequence[int],
         readers: int,
-        names: Mapping[Owner, str] | None = None,
-        shard_tensors: Set[TensorEntry] = frozenset(),
-        transport: Transport | None = None,
+        names: Mapping[Owner, str] | None,
+        transport: Transport | None,
     ) -> None:
-        """`readers`: how many actors read prompts at once; `names`: the owners' names in Ray's dashboard;
-        `shard_tensors`: tensors in object stores that actors read for shards."""
-        self._shard_tensors, self._transport = shard_tensors, transport or RayTransport()
-        self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
-        self.members = gates.prompted
-        self._passes = plan_readings(self.members, readers, gates.hidden)
-        self._waiting_prompts = [ReadPromptsJob(self, taken) for taken in self._passes]
+        """`layers` are computed after all prompts were read. `readers`: how many actors read prompts at once; `names`:
+        the owners' names in Ray's dashboard."""
+        self._transport, self._names = transport or RayTransport(), names or {}
+        self._wanted_layers = tuple(layers)
+        self.members = plan.prompted
+        self._passes = plan_readings(self.members, readers, plan.hidden)
+        self._waiting_prompts = [self.reading_job(self, taken) for taken in self._passes]
         self._waiting_layers: list[FitLayerJob] = []
         self._parts: dict[Owner, list[tuple[Owner, int]]] = {member.owner: [] for member in self.members}
         for key in sorted((_key(part) for taken in self._passes for part in taken), key=lambda key: key[1]):
             self._parts[key[0]].append(key)
         self._idle_readers = readers
-        # Arguments that all jobs share; each job adds its own prompts.
-        shared = dataclasses.replace(gates, experts=(), shared=())
-        self._shared_plan = self._transport.put(shared) if self.members else None
         # Losses of activations. Later jobs start with as many failures, so that repetition ends.
         self._capture_losses = 0
         self._captured: dict[tuple[Owner, int], list[Any]] = {}  # by owner and part
-        self._tensors_known: dict[Any, set[int]] = {}  # ids of the jobs whose tensors each actor has been told of
         self._layers: dict[int, Any] = {}
-        self._rows: dict[Owner, npt.NDArray[np.float32]] = {}  # in modes that read no layers, (hidden,)
 
     @property
     def is_waiting(self) -> bool:
@@ -149,7 +156,7 @@ class GateWork:
     @property
     def members_done(self) -> int:
         unread = {part.owner for taken in self._passes for part in taken if _key(part) not in self._captured}
-        return len(self._rows) if self._rows else len(self.members) - len(unread)
+        return len(self.members) - len(unread)
 
     @property
     def layers_done(self) -> int:
@@ -157,14 +164,12 @@ class GateWork:
 
     @property
     def is_done(self) -> bool:
-        """Whether all rows are computed."""
-        if self._mode.needs_forward_pass and self.members:
-            return len(self._layers) == self._gates.layers
-        return len(self._rows) == len(self.members)
+        """Whether all layers are computed."""
+        return len(self._layers) == len(self._wanted_layers)
 
     @property
     def _all_captured(self) -> bool:
-        return self._mode.needs_forward_pass and len(self._captured) == self.readings
+        return bool(self._wanted_layers) and len(self._captured) == self.readings
 
     @property
     def waiting_owners(self) -> tuple[Owner, ...]:
@@ -193,17 +198,97 @@ class GateWork:
         return None
 
     def start_reading(self, actor: Any, job: ReadPromptsJob) -> Any:
+        """Ask an actor to read prompts; returns a reference that is ready when it is done."""
+        raise NotImplementedError
+
+    def start_layer(self, actor: Any, job: FitLayerJob) -> Any:
+        """Ask an actor to compute a layer; returns a reference that is ready when it is done."""
+        raise NotImplementedError
+
+    def _layer_inputs(self, layer: int) -> tuple[tuple[int, ...], list[Any]]:
+        """How many parts each member has, and references to what they have given at a layer."""
+        inputs = [self._captured[key][layer] for keys in self._parts.values() for key in keys]
+        return tuple(map(len, self._parts.values())), inputs
+
+    def complete_reading(self, job: ReadPromptsJob, result: Any) -> None:
+        """Prompts have been read. After the last ones, layers are next."""
+        self._idle_readers += 1
+        for number, part in enumerate(job.readings):
+            self._captured[_key(part)] = job.states[number :: len(job.readings)]
+        if self._all_captured:
+            missing = [n for n in self._wanted_layers if n not in self._layers]
+            self._waiting_layers += [self.layer_job(self, layer, failures=self._capture_losses) for layer in missing]
+
+    def complete_layer(self, job: FitLayerJob, rows: Any) -> None:
+        self._layers[job.layer] = rows
+        for layers in self._captured.values():  # the store may have room for others
+            layers[job.layer] = None
+
+    def requeue_reading(self, job: ReadPromptsJob) -> None:
+        self._idle_readers += 1
+        self._waiting_prompts.insert(0, job)
+
+    def requeue_layer(self, job: FitLayerJob) -> None:
+        if self._all_captured:  # otherwise its layer will be requested again anyway
+            self._waiting_layers.insert(0, job)
+
+    def recapture(self, job: FitLayerJob) -> None:
+        """Capture all activations again for the layers that are not done: the ones of this layer were lost with their
+        node."""
+        if job.losses == self._capture_losses:  # otherwise another layer has already requested it
+            say("activations of prompts were lost with their node: the prompts are read again")
+            self._read_again()
+
+    def _read_again(self) -> None:
+        self._capture_losses += 1
+        self._captured.clear()
+        self._waiting_layers.clear()
+        self._waiting_prompts = [self.reading_job(self, taken, failures=self._capture_losses) for taken in self._passes]
+
+
+class GateWork(PromptWork):
+    """The queue of gate jobs, and their results."""
+
+    def __init__(
+        self,
+        gates: GatePlan,
+        readers: int,
+        names: Mapping[Owner, str] | None = None,
+        shard_tensors: Set[TensorEntry] = frozenset(),
+        transport: Transport | None = None,
+    ) -> None:
+        """`readers` and `names` as in `PromptWork`. `shard_tensors`: tensors in object stores that actors read for
+        shards."""
+        self._gates, self._mode = gates, MODES[gates.mode]
+        has_layers = self._mode.needs_forward_pass and bool(gates.prompted)
+        super().__init__(gates, range(gates.layers) if has_layers else (), readers, names, transport)
+        self._shard_tensors = shard_tensors
+        # Arguments that all jobs share; each job adds its own prompts.
+        shared = dataclasses.replace(gates, experts=(), shared=())
+        self._shared_plan = self._transport.put(shared) if self.members else None
+        self._tensors_known: dict[Any, set[int]] = {}  # ids of the jobs whose tensors each actor has been told of
+        self._rows: dict[Owner, npt.NDArray[np.float32]] = {}  # in modes that read no layers, (hidden,)
+
+    @property
+    def members_done(self) -> int:
+        return len(self._rows) if self._rows else super().members_done
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all rows are computed."""
+        return super().is_done if self._wanted_layers else len(self._rows) == len(self.members)
+
+    def start_reading(self, actor: Any, job: ReadPromptsJob) -> Any:
         name = f"gates of {', '.join(self._names.get(owner, str(owner)) for owner in job.owners)}"
         if not self._mode.needs_forward_pass:
             return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.readings)
         capture = actor.capture.options(name=name, num_returns=1 + self._gates.layers * len(job.readings))
         shared, experts = self._shared_with_shards(actor, job), len(self._gates.experts)
-        *job.states, done = capture.remote(self._shared_plan, job.readings, experts, *shared)
+        *job.states, done = capture.remote(self._shared_plan, job.readings, experts, job.matrices, *shared)
         return done
 
     def start_layer(self, actor: Any, job: FitLayerJob) -> Any:
-        inputs = [self._captured[key][job.layer] for keys in self._parts.values() for key in keys]
-        counts = tuple(map(len, self._parts.values()))
+        counts, inputs = self._layer_inputs(job.layer)
         fit_layer = actor.fit_layer.options(name=job.label)
         return fit_layer.remote(self._gates.mode, len(self._gates.experts), counts, *inputs)
 
@@ -231,41 +316,11 @@ class GateWork:
         self._tensors_known.pop(actor, None)
 
     def complete_reading(self, job: ReadPromptsJob, result: Any) -> None:
-        """Prompts have been read. After the last ones, layers are next."""
-        self._idle_readers += 1
-        if not self._mode.needs_forward_pass:
-            self._rows |= dict(zip((part.owner for part in job.readings), result, strict=True))
+        if self._mode.needs_forward_pass:
+            super().complete_reading(job, result)
             return
-        for number, part in enumerate(job.readings):
-            self._captured[_key(part)] = job.states[number :: len(job.readings)]
-        if self._all_captured:
-            missing = [n for n in range(self._gates.layers) if n not in self._layers]
-            self._waiting_layers += [FitLayerJob(self, layer, failures=self._capture_losses) for layer in missing]
-
-    def complete_layer(self, job: FitLayerJob, rows: Any) -> None:
-        self._layers[job.layer] = rows
-        for layers in self._captured.values():  # the store may have room for others
-            layers[job.layer] = None
-
-    def requeue_reading(self, job: ReadPromptsJob) -> None:
         self._idle_readers += 1
-        self._waiting_prompts.insert(0, job)
-
-    def requeue_layer(self, job: FitLayerJob) -> None:
-        if self._all_captured:  # otherwise its layer will be requested again anyway
-            self._waiting_layers.insert(0, job)
-
-    def recapture(self, job: FitLayerJob) -> None:
-        """Capture all activations again for the layers that are not done: the ones of this layer were lost with their
-        node."""
-        if job.losses == self._capture_losses:  # otherwise another layer has already requested it
-            say("activations of prompts were lost with their node: the prompts are read again")
-            self._capture_losses += 1
-            self._captured.clear()
-            self._waiting_layers.clear()
-            self._waiting_prompts = [
-                ReadPromptsJob(self, taken, failures=self._capture_losses) for taken in self._passes
-            ]
+        self._rows |= dict(zip((part.owner for part in job.readings), result, strict=True))
 
     def result(self) -> tuple[RouterRows, RouterSummary | None]:
         """Rows of all members with prompts, and their scores on held-out prompts."""

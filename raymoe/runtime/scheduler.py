@@ -20,7 +20,7 @@ ends its process as if it had died. If the same job stalls a second time, the me
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -34,14 +34,16 @@ from raymoe.runtime.actor_pool import ActorEvent, ActorPool, Lane, PoolActor
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.eligibility import Eligibility
 from raymoe.runtime.jobs import Job, Lost, lost_part
+from raymoe.runtime.moment_jobs import MomentWork
 from raymoe.runtime.placement import FileRequirements, owner_names
 from raymoe.runtime.ray_errors import cause_of, first_line, memory_remark
-from raymoe.runtime.router_jobs import GateWork
-from raymoe.runtime.shard_jobs import ShardQueue, ShardWork, SharedReads, tensors_read_for_shards
+from raymoe.runtime.router_jobs import GateWork, PromptWork, ReadPromptsJob
+from raymoe.runtime.shard_jobs import ShardQueue, ShardWork, SharedReads, WriteShardJob, tensors_read_for_shards
 from raymoe.runtime.stall import LastHeartbeat, StallClock, Verdict
 from raymoe.runtime.stuck import StuckCheck
 from raymoe.runtime.timeouts import STALL_TIMEOUT_S, STARTUP_GRACE_S, TICK_S
 from raymoe.runtime.transport import RayTransport, Transport
+from raymoe.storage.outputs.protocol import ShardJob
 
 _MAX_ATTEMPTS = 3  # per job: if it kills every actor that takes it, a fourth would not finish it either
 _OPENED_AHEAD = 16  # shards with jobs that wait for actors; opening a shard takes several requests to a store
@@ -54,6 +56,7 @@ class Outcome:
 
     `readings`: the parts of members that prompts are read in (routers/prompt_passes.py); `members_done`: members with
     all prompts read; `layers_done`: layers with computed rows. `bytes_kept` were written by an earlier run.
+    `backbone_members_done` and `backbone_layers_done`: the same of a backbone that is merged by what prompts give.
     `unavailable`: actors that are not up (yet, or again). `helpers`: helpers that are up, by number. `statuses`: the
     latest statuses of actors and helpers, by number.
     """
@@ -64,6 +67,9 @@ class Outcome:
     members_done: int = 0
     layers_done: int = 0
     gates_done: bool = False
+    backbone_members_done: int = 0
+    backbone_layers_done: int = 0
+    backbone_done: bool = True
     shard_results: list[Any] = field(default_factory=list)
     bytes_kept: int = 0
     unavailable: list[Any] = field(default_factory=list)
@@ -128,7 +134,9 @@ def run_jobs(
     """
     transport = transport or RayTransport()
     shard_tensors = tensors_read_for_shards(plan, work.reads)
-    gates = GateWork(plan.gates, min(readers, len(handles)), owner_names(plan), shard_tensors, transport)
+    names, readers = owner_names(plan), min(readers, len(handles))
+    gates = GateWork(plan.gates, readers, names, shard_tensors, transport)
+    moments = MomentWork(plan.moments, readers, names, transport)
     actors = [
         PoolActor(handle, number, has_gpu, layers=Lane(layers_at_once), shards=Lane(shards_at_once))
         for number, (handle, has_gpu) in enumerate(zip_longest(handles, gpus, fillvalue=False))
@@ -145,7 +153,7 @@ def run_jobs(
         for number, handle in enumerate(copiers, start=len(actors))
     ]
     pool = ActorPool(actors, transport, requirements.files if requirements is not None else ())
-    run = _Jobs(plan, gates, pool, work, requirements, StallClock(stall_timeout_s, transport.now), transport)
+    run = _Jobs(plan, gates, moments, pool, work, requirements, StallClock(stall_timeout_s, transport.now), transport)
     try:
         while run.has_work:
             run.step()
@@ -163,6 +171,7 @@ class _Jobs:
         self,
         plan: MergePlan,
         gates: GateWork,
+        moments: MomentWork,
         pool: ActorPool,
         work: ShardWork,
         requirements: FileRequirements | None,
@@ -170,7 +179,8 @@ class _Jobs:
         transport: Transport,
     ) -> None:
         self._transport, self._pool, self._stall = transport, pool, stall
-        self.outcome, self.gates = Outcome(readings=gates.readings, statuses=pool.statuses), gates
+        self.outcome = Outcome(readings=gates.readings, statuses=pool.statuses)
+        self.gates, self.moments = gates, moments
         self.shards = ShardQueue(list(plan.worker_shards), work, transport)
         self._shared_reads = SharedReads(plan, work.reads)
         self._requirements = requirements
@@ -182,12 +192,12 @@ class _Jobs:
             requirements,
             methods=work.methods,
             is_settling=lambda: transport.now() - began < STARTUP_GRACE_S,
-            has_read_prompts=lambda: gates.is_done,
+            has_read_prompts=lambda: gates.is_done and moments.is_done,
         )
 
     @property
     def has_work(self) -> bool:
-        return bool(self.gates.is_waiting or self.shards.has_work or self._running)
+        return bool(self.moments.is_waiting or self.gates.is_waiting or self.shards.has_work or self._running)
 
     def step(self) -> None:
         """Give out work, and take all results that arrive within a tick."""
@@ -214,29 +224,44 @@ class _Jobs:
         for actor in self._pool.up:
             self._fill_prompts(actor)
             self._fill_layers(actor)
-        self.shards.open_ahead((actor.reads_for for actor in self._pool.up), _OPENED_AHEAD + len(self._pool.actors))
+        self.shards.open_ahead(
+            (actor.reads_for for actor in self._pool.up), _OPENED_AHEAD + len(self._pool.actors), self._can_start
+        )
         for actor in self._pool.up:
             self._fill_shards(actor)
 
     def _fill_prompts(self, actor: PoolActor) -> None:
         if not actor.prompts.has_room:
             return
-        job = self.gates.next_reading(lambda job: self._eligibility.can_read_prompts(actor, job.owners))
+        # The models that read the prompts of the gates have the merged backbone.
+        work = self.gates if self.moments.is_done else self.moments
+        job = work.next_reading(lambda job: self._eligibility.can_read_prompts(actor, job.owners))
         if job is not None:
+            job.matrices = self.moments.matrices if work is self.gates else {}
             actor.reads_for = job.owners
             self._begin(job.start(actor.handle), actor, actor.prompts, job)
 
     def _fill_layers(self, actor: PoolActor) -> None:
         if not self._eligibility.can_fit_layers(actor):
             return
-        while actor.layers.has_room and (job := self.gates.next_layer()) is not None:
-            self._begin(job.start(actor.handle), actor, actor.layers, job)
+        works: list[PromptWork] = [self.moments] if self._eligibility.can_merge_backbone(actor) else []
+        for work in (*works, self.gates):
+            while actor.layers.has_room and (job := work.next_layer()) is not None:
+                self._begin(job.start(actor.handle), actor, actor.layers, job)
+
+    def _can_start(self, job: ShardJob) -> bool:
+        """Whether all matrices of the backbone that a job writes are merged. Copies need none."""
+        return job.asks_store or self.moments.has_all_for(job.shard)
 
     def _fill_shards(self, actor: PoolActor) -> None:
         while actor.shards.has_room:
-            job = self.shards.next_for(actor.reads_for, lambda job: self._eligibility.can_do(actor, job))
+            job = self.shards.next_for(
+                actor.reads_for, lambda job: self._can_start(job) and self._eligibility.can_do(actor, job)
+            )
             if job is None:
                 return
+            if matrices := {} if job.detail.asks_store else self.moments.needed_by(job.detail.shard):
+                job.detail = replace(job.detail, matrices=matrices)
             detail = self._shared_reads.with_sharing_hints(job.detail, self.shards.names, len(self._pool.up))
             method = self._eligibility.method(actor, job.detail)
             assert method is not None, f"{job.label}: given to an actor that may not do it"
@@ -261,7 +286,7 @@ class _Jobs:
             return frozenset(), "the merge"
         if (shard := next(self.shards.unfinished(), None)) is not None:
             return self._requirements.shards[shard.file_name], f"{shard.file_name} ({shard.owner})"
-        owners = self.gates.waiting_owners
+        owners = self.moments.waiting_owners or self.gates.waiting_owners
         return self._requirements.for_members(owners), f"gates of {', '.join(map(str, owners))}"
 
     def _take_results(self) -> None:
@@ -285,7 +310,9 @@ class _Jobs:
         outcome.helpers = {helper.number: helper.handle for helper in self._pool.helpers.values() if helper.is_up}
         outcome.unavailable = [actor.handle for actor in self._pool.actors if not actor.is_up]
         outcome.members_done, outcome.layers_done = self.gates.members_done, self.gates.layers_done
-        outcome.gates_done = self.gates.is_done
+        outcome.gates_done, outcome.backbone_done = self.gates.is_done, self.moments.is_done
+        outcome.backbone_members_done = self.moments.members_done
+        outcome.backbone_layers_done = self.moments.layers_done
         outcome.shard_results, outcome.bytes_kept = self.shards.results, self.shards.bytes_kept
 
     def _collect(self, ref: Any, run: _Run) -> None:
@@ -294,6 +321,8 @@ class _Jobs:
         if lost is None:
             run.job.complete(result)
             return
+        if lost is Lost.STATES and isinstance(run.job, (ReadPromptsJob, WriteShardJob)):
+            self.moments.merge_again(run.job.matrices)
         run.job.recover(lost)
         if (actor := run.lost_actor(lost)) is not None:
             self._pool.change(actor, ActorEvent.LOST)

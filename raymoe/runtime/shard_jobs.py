@@ -117,6 +117,15 @@ class WriteShardJob(Job):
     detail: ShardJob
 
     @property
+    def matrices(self) -> Mapping[int, Any]:
+        """References to the merged matrices of the backbone that it needs, by layer."""
+        return self.detail.matrices
+
+    @property
+    def takes_states(self) -> bool:
+        return bool(self.matrices)
+
+    @property
     def owner(self) -> Owner:
         return self.opened.shard.owner
 
@@ -163,16 +172,19 @@ class ShardQueue:
         """Whether there is anything besides jobs that are running."""
         return bool(self.waiting or self.ready or self.calls)
 
-    def open_ahead(self, preferred: Iterable[Collection[Owner]], count: int) -> None:
+    def open_ahead(
+        self, preferred: Iterable[Collection[Owner]], count: int, can_start: Callable[[ShardJob], bool] = bool
+    ) -> None:
         """Open shards until `count` of them are being opened or have waiting jobs, and one of each actor's own.
 
-        `preferred` has for each actor the members of the shards that it does first.
+        `preferred` has for each actor the members of the shards that it does first. Jobs that can't start yet do not
+        count.
         """
         for owners in preferred:
             there = (*(job.owner for job in self.ready), *(shard.owner for shard in self.opening))
             if not any(owner in owners for owner in there):
                 self._open_next(owners)
-        while len(self.ready) + len(self.opening) < count and self.waiting:
+        while sum(can_start(job.detail) for job in self.ready) + len(self.opening) < count and self.waiting:
             self._open_next((BASE, *self.waiting))
 
     def _open_next(self, owners: Iterable[Owner]) -> None:

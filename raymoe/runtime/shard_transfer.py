@@ -112,7 +112,8 @@ def sender_error(error: Exception, file_name: str) -> Exception:
         return cause
     if not isinstance(cause, RayError):
         return MergeFailed(f"{file_name}: {type(cause).__name__}: {cause}")
-    is_final = classify_failure(cause) in (CallFailure.FULL, CallFailure.FINAL)
+    # LOST: merged matrices of the backbone, which the sender fetches.
+    is_final = classify_failure(cause) in (CallFailure.FULL, CallFailure.FINAL, CallFailure.LOST)
     return cause if is_final else PeerLost(first_line(cause))
 
 

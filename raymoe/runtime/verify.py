@@ -18,12 +18,11 @@ from raymoe.checkpoints.merge_record import MergeRecord, prompt_records, read_re
 from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint
 from raymoe.config import MergeConfig
 from raymoe.errors import CheckpointError
-from raymoe.gate_modes import MODES
 from raymoe.object_store.location import Location
 from raymoe.planning.plan import MergePlan, Shard
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.results import Verification
-from raymoe.routers.fit_memory import max_layers_at_once
+from raymoe.routers.fit_memory import max_computed_at_once
 from raymoe.routers.router_matrices import router_bytes
 from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
 from raymoe.runtime.connect import ray_connection
@@ -147,9 +146,9 @@ def _tensor_differences(
         }
         workload = Workload(
             jobs=len(plan.shards),
-            runs_model=MODES[plan.gates.mode].needs_forward_pass,
+            runs_model=plan.runs_model,
             quantize=plan.gates.quantize,
-            max_layers_at_once=max_layers_at_once(plan.gates),
+            max_layers_at_once=max_computed_at_once(plan),
         )
         actor_plan = plan_actors(settings, workload, locate_sources(plan, beside))
         outcome = run_on_actors(plan, _CompareShards(written), actor_plan, progress, settings, output=location)

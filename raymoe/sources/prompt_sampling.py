@@ -96,7 +96,7 @@ def chat_template_problems(
 
     The template is parsed but not run: planning runs no code that comes with a model.
     """
-    if not config.needs_prompts or not any(map(config.uses_chat_template, config.all_experts)):
+    if not config.reads_prompts or not any(map(config.uses_chat_template, config.all_experts)):
         return []
     files = {side.name: side.file for side in base.side_files}
 

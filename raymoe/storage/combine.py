@@ -6,6 +6,9 @@
     ties     d_i = x_i - base, without those smaller than the threshold of i; per element, the sign with the larger sum
              of |w_i d_i| is elected, and m = base + the weighted mean of the d_i that have it
 
+    regmean  m = (sum_i w_i x_i G_i) (sum_i w_i G_i)^-1, for matrices, with G_i the second moments of expert i's inputs.
+             These are computed first, layer by layer (`routers.regmean`), and read here from what `SourceReader` has
+
 The result is base + scale * (m - base). Sources: Shoemake 1985, "Animating rotation with quaternion curves"; Yadav et
 al. 2023, https://arxiv.org/abs/2306.01708.
 
@@ -36,7 +39,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.planning.plan import Combination, Combine, Part, WeightRef
+from raymoe.planning.plan import Combination, Combine, MatrixMoments, Part, WeightRef
 from raymoe.sources.facts import FileStamp, TensorEntry
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import (
@@ -122,12 +125,27 @@ def weight_rows(reader: SourceReader, ref: WeightRef, rows: Rows) -> Float32:
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the result is checked for it
 def combined_rows(reader: SourceReader, combination: Combination, rows: Rows, statistics: Statistics) -> Float32:
     """Some rows of the result, in float32. Where some experts have too few rows, the others are combined."""
+    if combination.moments is not None:
+        return _merged_rows(reader, combination, combination.moments, rows)
     pieces = [
         _combine(window, statistics)
         for part in _split_by_height(combination, rows)
         for window in _Tensors(reader, combination, part).windows()
     ]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _merged_rows(reader: SourceReader, combination: Combination, moments: MatrixMoments, rows: Rows) -> Float32:
+    """Rows of a matrix that was merged before, with the values that it has in the output."""
+    assert reader.matrices is not None, f"{combination.base.entry.name} is read before it is merged"
+    stored = reader.matrices.rows_of(moments.layer, combination.base.entry.name)[rows]
+    merged: Float32 = np.ascontiguousarray(stored).view(NUMPY_DTYPES[combination.dtype]).astype(np.float32)
+    return merged
+
+
+def with_scale(base: Float32, merged: Float32, scale: float) -> Float32:
+    """`base` plus `scale` times the difference of `merged` to it, in the memory of `base`."""
+    return add_changes(base, np.float32(scale) * (merged - base))
 
 
 def _blocks(combination: Combination) -> Iterator[slice]:
@@ -210,11 +228,10 @@ def _combine(tensors: _Tensors, statistics: Statistics) -> Float32:
     scale = tensors.combination.scale
     if scale == 1.0:
         return merged
-    base = tensors.base()
-    return _with_changes(base, np.float32(scale) * (merged - base))
+    return with_scale(tensors.base(), merged, scale)
 
 
-def _with_changes(block: Float32, changes: Float32) -> Float32:
+def add_changes(block: Float32, changes: Float32) -> Float32:
     """`block` plus `changes`, in place; bits are kept where the change is zero."""
     # A sum with -0.0 is the other number, even if that is -0.0. A masked sum would take many times as long.
     np.bitwise_or(changes.view(np.uint32), (changes == 0) * _SIGN_BIT, out=changes.view(np.uint32))
@@ -241,7 +258,7 @@ def _linear(tensors: _Tensors) -> Float32:
         difference *= np.float32(weights[number])
         changes += difference
     changes /= np.float32(math.fsum(weights[number] for number in tensors.present))
-    return _with_changes(start, changes)
+    return add_changes(start, changes)
 
 
 def _has_angle(cosine: float) -> bool:
@@ -277,7 +294,7 @@ def _ties(tensors: _Tensors, thresholds: Statistics) -> Float32:
     weight_sums += weight_sums == 0  # there, the change is zero
     changes /= weight_sums
     changes *= np.float32(tensors.combination.scale)
-    return _with_changes(base, changes)
+    return add_changes(base, changes)
 
 
 _Stamps = tuple[FileStamp | None, ...]

@@ -22,7 +22,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.object_store.options import StorageOptions
@@ -54,6 +57,14 @@ _T = TypeVar("_T")
 Heartbeat = Callable[[], None]
 
 
+class MergedMatrices(Protocol):
+    """Matrices of the backbone that were merged before: `routers.regmean` computes them layer by layer."""
+
+    def rows_of(self, layer: int, name: str) -> npt.NDArray[np.uint8]:
+        """A merged matrix, as the bytes of its rows in the output's dtype: (rows, bytes of a row). `name` is that of
+        the base's tensor."""
+
+
 def run_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], _T]], most: int) -> Iterator[_T]:
     """The results of calls in their order. Up to `most` calls run ahead of the consumer."""
     under_way = deque[Future[_T]]()
@@ -81,9 +92,12 @@ class SourceReader:
         name: str = SHARDS,
         findings: WeightFindings | None = None,
         heartbeat: Heartbeat | None = None,
+        matrices: MergedMatrices | None = None,
     ) -> None:
         """With a `read_cache`, where it is the reader `name`, shared object bytes are fetched once. `findings` collects
-        problems in the weights that are read. `heartbeat` is called from any thread after each read."""
+        problems in the weights that are read. `heartbeat` is called from any thread after each read. `matrices` are
+        those of the backbone that are merged before they are read (`regmean`)."""
+        self.matrices = matrices
         self.findings = findings or WeightFindings()
         self._hub, self._storage = hub, storage or StorageOptions()
         self._read_cache, self._name = read_cache, name

@@ -127,14 +127,19 @@ def cast_block(reader: SourceReader, part: Part, block: Float32, origin: Callabl
     target = np.dtype(NUMPY_DTYPES[part.dtype])
     cast = np.ascontiguousarray(block.astype(target))
     content = cast.reshape(-1).view(np.uint8).data
-    if target == np.float16 and (large := block[np.isinf(cast)]).size and np.isfinite(large).any():
-        raise MergeFailed(
-            f"{part.name}: its weights are as large as {np.abs(large[np.isfinite(large)]).max():.3g}, and float16 ends "
-            "at 65504. Use dtype: bfloat16 or float32"
-        )
+    check_float16(part.name, block, cast)
     if has_non_finite(content, part.dtype):
         reader.findings.note(part.tensor.name, f"NaN or infinity {origin()}")
     return content
+
+
+def check_float16(name: str, block: Float32, cast: npt.NDArray[Any]) -> None:
+    """Raises MergeFailed if float16 can't hold the values of a tensor."""
+    if cast.dtype == np.float16 and (large := block[np.isinf(cast)]).size and np.isfinite(large).any():
+        raise MergeFailed(
+            f"{name}: its weights are as large as {np.abs(large[np.isfinite(large)]).max():.3g}, and float16 ends "
+            "at 65504. Use dtype: bfloat16 or float32"
+        )
 
 
 def _non_finite_origin(reader: SourceReader, what: Transform, rows: slice) -> str:

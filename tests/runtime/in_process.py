@@ -143,5 +143,6 @@ def in_this_process() -> Iterator[None]:
         patch.setattr(expert_actor, "set_up_process", lambda: None)
         patch.setattr(expert_actor, "prioritize_gate_threads", lambda: None)
         patch.setattr(expert_actor, "limit_threads", lambda *_: None)
+        patch.setattr(expert_actor, "fetch_object", lambda ref: ref.get())
         patch.setattr(progress, "MergeMetrics", _NoMetrics)
         yield

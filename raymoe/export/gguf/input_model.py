@@ -7,7 +7,7 @@ plan's parts on demand, in the order of the GGUF file; only the routers are comp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -113,8 +113,7 @@ def _open_planned(config: Path, options: GgufOptions) -> Iterator[InputModel]:
         say(f"note: {note}")
     plan = plan_merge(checked, options.merge, hub=options.hub, allow_all_same=True)
     options = replace(options, storage=checked.storage)
-    with SourceReader(options.hub, options.storage) as reader:
-        parts = _PlannedParts(plan, reader, options)
+    with SourceReader(options.hub, options.storage) as reader, closing(_PlannedParts(plan, reader, options)) as parts:
         facts = _planned_facts(plan, config, config_warnings(checked))
         card = yaml.safe_load(card_metadata(plan, source_cards(plan, options.hub, options.storage)))
         models = _files(file for source in plan.sources for file in source.files)
@@ -136,26 +135,33 @@ class _PlannedParts:
         self._plan, self._reader, self._options = plan, reader, options
         self._shards: dict[str, Shard] = {shard.file_name: shard for shard in plan.shards}
         self._router: RouterBytes | None = None
+        self._open = ExitStack()  # what is merged before the rest is computed
+
+    def close(self) -> None:
+        """Remove what `prepare` has computed."""
+        self._open.close()
 
     def prepare(self) -> None:
-        """Compute the routers in this process, with torch set up as in a merge: the same rows, bit for bit."""
+        """Compute the routers, and matrices of the backbone that prompts decide, in this process. Torch is set up as in
+        a merge: the values are the same, bit for bit."""
         from raymoe.compute import limit_threads
+        from raymoe.routers.backbone_in_process import merged_locally
         from raymoe.routers.in_process import compute_routers_locally
-        from raymoe.routers.prompt_lengths import reading_work
+        from raymoe.routers.prompt_lengths import plan_work
         from raymoe.routers.router_matrices import router_bytes
 
         limit_threads()
-        work = reading_work(self._plan.gates, hub=self._options.hub)
+        work = plan_work(self._plan, hub=self._options.hub)
         with ProgressLine(token_layers, total=work, quiet=self._options.quiet) as progress:
             progress.stage("computing the routers", work)
-            rows, _ = compute_routers_locally(
-                self._plan.gates,
-                self._reader,
-                device=choose_device(self._options.device),
-                trust_remote_code=self._options.trust_remote_code,
-                layer_done=progress.add,
-                on_begin=progress.stage,
-            )
+            reading: dict[str, Any] = {
+                "device": choose_device(self._options.device),
+                "trust_remote_code": self._options.trust_remote_code,
+                "layer_done": progress.add,
+                "on_begin": progress.stage,
+            }
+            self._open.enter_context(merged_locally(self._plan.moments, self._reader, **reading))
+            rows, _ = compute_routers_locally(self._plan.gates, self._reader, **reading)
         self._reader.release()
         self._router = router_bytes(self._plan.gates, rows)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raymoe.errors import Problem
@@ -38,7 +38,8 @@ class ShardJob:
 
     `asks_store`: almost all of its work is to request copies from a store. `resumes`: another actor may have done a
     part of this job, and was lost. `shared_with_shards`: tensors in object stores that other shards need too;
-    `keep_cached`: those of them that this actor will probably read again.
+    `keep_cached`: those of them that this actor will probably read again. `matrices`: by layer, references to the
+    matrices of the backbone that were merged before and that the shard holds.
     """
 
     shard: Shard
@@ -49,6 +50,7 @@ class ShardJob:
     resumes: bool = False
     shared_with_shards: tuple[TensorEntry, ...] = ()
     keep_cached: tuple[TensorEntry, ...] = ()
+    matrices: Mapping[int, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
