@@ -46,6 +46,7 @@ from raymoe.checkpoints.weight_table import dense_model, mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.scoring import Variant, log_likelihoods
 from raymoe.planning.plan import MergePlan, Router
+from raymoe.routers.backbone_in_process import merged_locally
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes, router_rows
 from raymoe.sources.hub import HubOptions
@@ -150,9 +151,9 @@ def config_of(bench: Bench, mode: str, prompts: Mapping[str, Any], backbone: Any
     return config | {"backbone": backbone}
 
 
-def write_merge(plan: MergePlan, folder: Path) -> None:
+def write_merge(plan: MergePlan, folder: Path, device: str) -> None:
     """The merge's files that hold weights and config, with routers of zeros."""
-    with SourceReader(HubOptions()) as reader:
+    with SourceReader(HubOptions()) as reader, merged_locally(plan.moments, reader, device=device):
         rows = {p.owner: np.zeros((plan.gates.layers, plan.gates.hidden), np.float32) for p in plan.gates.experts}
         for shard in plan.shards:
             with open(folder / shard.file_name, "wb") as file:
@@ -164,7 +165,7 @@ def write_merge(plan: MergePlan, folder: Path) -> None:
 
 def rows_of(plan: MergePlan, device: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     """(layers, experts, hidden), rounded to bfloat16 as in a checkpoint."""
-    with SourceReader(HubOptions()) as reader:
+    with SourceReader(HubOptions()) as reader, merged_locally(plan.moments, reader, device=device):
         rows, _ = compute_routers_locally(plan.gates, reader, device=device)
     stacked = np.stack([router_rows(plan.gates, rows, Router(layer=layer)) for layer in range(plan.gates.layers)])
     return torch.from_numpy(stacked).bfloat16().float().numpy()
@@ -189,7 +190,7 @@ def losses_of_merge(
     with tempfile.TemporaryDirectory() as folder, SourceReader(HubOptions()) as reader:
         prompts = next(iter(bench.counts.values()))
         plan = raymoe.plan(config_of(bench, "random", prompts, backbone), allow_all_same=True)
-        write_merge(plan, Path(folder))
+        write_merge(plan, Path(folder), bench.device)
         model = mixture_model(resolve_model(parse_model_ref(folder)))
         results = {}
         for top in tops:

@@ -239,7 +239,7 @@ class Placement:
         remedy = (
             "put the folders on one node (or on a filesystem that all share), or name the models by Hub ids or URLs"
         )
-        if task.computes and len(folders) > 1:
+        if task.computes and len(folders) > 1 and not self.requirements.merging:
             remedy += "; with prompt_model: base the experts' folders are not read for prompts"
         return Problem(where="placement", what=what, remedy=remedy)
 

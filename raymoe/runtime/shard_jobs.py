@@ -184,7 +184,8 @@ class ShardQueue:
             there = (*(job.owner for job in self.ready), *(shard.owner for shard in self.opening))
             if not any(owner in owners for owner in there):
                 self._open_next(owners)
-        while sum(can_start(job.detail) for job in self.ready) + len(self.opening) < count and self.waiting:
+        can_be_done = sum(can_start(job.detail) for job in self.ready)
+        while can_be_done + len(self.opening) < count and self.waiting:
             self._open_next((BASE, *self.waiting))
 
     def _open_next(self, owners: Iterable[Owner]) -> None:

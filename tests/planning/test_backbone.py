@@ -16,7 +16,7 @@ from raymoe.architectures import FAMILIES
 from raymoe.config import make_config
 from raymoe.planning.backbone import group_of
 from raymoe.planning.plan import Combine, Copy, MergePlan, Transform
-from raymoe.report.backbone_lines import backbone_lines
+from raymoe.report.backbone_lines import backbone_lines, backbone_work
 from raymoe.report.inspect import inspect_checkpoint, print_summary
 from raymoe.report.model_card import model_card
 from raymoe.report.plan_report import plan_summary
@@ -275,6 +275,10 @@ def test_inspect_says_what_the_backbone_is(
         ({"method": "ties", "include": []}, "names nothing"),
         ({"method": "ties", "weight": [1, 1, 1]}, "did you mean weights?"),
         ({"weights": [1, 1, 1]}, "add 'method: linear'"),
+        ({"method": "linear", "alpha": 0.9}, "alpha is for regmean"),
+        ({"method": "regmean", "alpha": 1}, "is not a factor of regmean"),
+        ({"method": "regmean", "include": ["norms"]}, "regmean merges the matrices of attention"),
+        ("regmean", "the expert has no prompts, but backbone: regmean measures"),
         ({"method": "base", "scale": 0.5}, "scale has no effect with method base"),
         (3, "expected the name of a method or a mapping"),
     ],
@@ -293,6 +297,31 @@ def test_the_key_survives_the_record(models: list[Path]) -> None:
     assert plain["backbone"] == {**given, "weights": [1.0, 2.0], "include": ["attention", "norms"]}
     assert type(config).from_plain(plain) == config
     assert make_config(merge_config(models[0], models[1:], mode="random")).to_plain()["backbone"] == "base"
+
+
+def test_regmean_reads_prompts_of_experts_that_count(models: list[Path]) -> None:
+    """Each by its own model, also if the gates read none. Prompts and alpha decide bytes."""
+    config = merge_config(models[0], models, mode="random")
+    texts = [["def area(radius): return 3.14 * radius"], [], ["Add two eggs, and bake."]]
+    for expert, prompts in zip(config["experts"], texts, strict=True):
+        expert["positive_prompts"] = prompts
+    config["backbone"] = {"method": "regmean", "weights": [1, 0, 2]}
+    plan = raymoe.plan(config)
+    assert plan.moments is not None and plan.runs_model and not plan.gates.prompted
+    assert [str(each.owner) for each in plan.moments.experts] == ["expert 0", "expert 2"]
+    for number, each in enumerate(plan.moments.experts):
+        assert each.positive == tuple(texts[2 * number])
+        name = "model.layers.1.self_attn.q_proj.weight"
+        assert each.weights[name].entry.file.location == f"{models[2 * number]}/model.safetensors"
+        assert not any(f"layers.{LAYERS - 1}.mlp" in name for name in each.weights)
+    (line,) = backbone_work(plan)
+    assert "2 prompts are read by their own experts (2 experts)" in line
+    digests = {plan.digest}
+    for changed in ({"alpha": 0.5}, {"scale": 1.25}, {"weights": [1, 0, 1]}):
+        digests.add(raymoe.plan({**config, "backbone": {**config["backbone"], **changed}}).digest)
+    config["experts"][0]["positive_prompts"] = ["for i in range(10): print(i)"]
+    digests.add(raymoe.plan(config).digest)
+    assert len(digests) == 5
 
 
 def test_adapters_that_change_attention_in_another_way_are_refused(models: list[Path], tmp_path: Path) -> None:

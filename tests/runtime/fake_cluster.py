@@ -11,7 +11,7 @@ the moments that a test names. Its exceptions are Ray's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from raymoe.gate_modes.layer_values import LayerRows
 from raymoe.planning.plan import Shard
 from raymoe.runtime.actor_pool import Helper
-from raymoe.runtime.actor_status import ROUTERS_JOB, ActorInfo, Status, reading_label
+from raymoe.runtime.actor_status import BACKBONE_JOB, ROUTERS_JOB, ActorInfo, Status, WorkKind, reading_label
 from raymoe.runtime.jobs import PeerLost
 from raymoe.runtime.shard_jobs import ShardMethod
 from raymoe.sources.facts import SourceFile
@@ -192,7 +192,7 @@ class FakeCluster:
         by = (actor, arguments[0]) if method == "receive" else (actor,)
         self.calls.append((self.seconds, actor, method, job))
         takes = math.inf if any(each.is_still for each in by) else self.takes.get(method, JOB_S)
-        inputs = tuple(each for each in arguments if isinstance(each, _Ref))
+        inputs = tuple(each for each in _flat(arguments) if isinstance(each, _Ref))
         done = _Ref(self._time + takes, self.raising.get(method, result), job, by, inputs)
         left = [_Ref(done.at, None) for _ in range(returns - 1)]
         for each in by:
@@ -284,10 +284,22 @@ class FakeCluster:
         self._time = until
 
 
+def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """The arguments, with the references to merged matrices that are inside some of them."""
+    for each in arguments:
+        yield each
+        held = each.matrices if isinstance(each, ShardJob) else each
+        yield from held.values() if isinstance(held, dict) else ()
+
+
 def _job(method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
     """The job's name, and what it gives."""
     if method == "capture":
         return reading_label(arguments[1]), None
+    if method == "capture_inputs":
+        return reading_label(arguments[1], WorkKind.INPUTS), None
+    if method == "merge_layer":
+        return BACKBONE_JOB, None
     if method == "fit_layer":
         rows = np.zeros((arguments[1], 4), np.float32)
         return ROUTERS_JOB, LayerRows(experts=rows, shared=None, scores=None)

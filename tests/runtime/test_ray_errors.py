@@ -83,9 +83,10 @@ def test_what_a_job_lost(kind: type[Exception]) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ray.exceptions.RayTaskError])
 def test_what_a_stream_lost(kind: type[Exception]) -> None:
-    """The stream itself breaks if its sender dies. What the sender's method raises is handed on, unless it lost
-    something itself."""
-    error, is_final = made(kind), CALL_FAILURES[kind.__name__] in (CallFailure.FULL, CallFailure.FINAL)
+    """The stream itself breaks if its sender dies. What the sender's method raises is handed on, unless it lost another
+    process. What it lost of Ray's store is the job's input: merged matrices of the backbone."""
+    passed_on = (CallFailure.FULL, CallFailure.FINAL, CallFailure.LOST)
+    error, is_final = made(kind), CALL_FAILURES[kind.__name__] in passed_on
     assert isinstance(sender_error(error, "model-1"), PeerLost)
     found = sender_error(wrapped(error), "model-1")
     assert found is error if is_final else isinstance(found, PeerLost)

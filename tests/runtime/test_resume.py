@@ -7,14 +7,15 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raymoe.errors import ProblemReport
-from raymoe.planning import MergeOptions
+from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.plan import Shard
 from tests.cli.commands import finished_shards, hashes, raymoe, wait_until
 from tests.runtime.conftest import FLAGS, OPTIONS, SHARD_BYTES, Merge, expert_actors, kill
 
@@ -133,20 +134,26 @@ def test_changed_source(many_shards: Merge, zoo: Callable[..., Path], merge_in_p
 
 
 def stop_after_two_shards(config: Any, out: Path, merge_in_process: Run) -> None:
-    """An unfinished merge, made by the storage layer itself: the first two shards of the plan."""
+    """An unfinished merge: the first two shards of the plan."""
     import raymoe
+
+    plan = raymoe.plan(config, OPTIONS, allow_all_same=True)
+    leave_shards(plan, plan.shards[:2], out)
+
+
+def leave_shards(plan: MergePlan, shards: Sequence[Shard], out: Path) -> None:
+    """What a run of a merge leaves that has finished these shards, made by the storage layer itself."""
     from raymoe.sources.hub import HubOptions
     from raymoe.storage.local_journal import source_fingerprints
     from raymoe.storage.outputs.local import LocalOutput
     from raymoe.storage.shard_stream import shard_chunks
     from raymoe.storage.source_reader import SourceReader
 
-    plan = raymoe.plan(config, OPTIONS, allow_all_same=True)
     output = LocalOutput(out)
     output.journal.lock()
     output.journal.begin(plan.digest, source_fingerprints(file for source in plan.sources for file in source.files))
     with SourceReader(HubOptions()) as reader:
-        for shard in plan.shards[:2]:
+        for shard in shards:
             output.write(shard.file_name, shard_chunks(shard, reader))
     output.journal.release()
 
