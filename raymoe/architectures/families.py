@@ -409,6 +409,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             switches={**_ALL_BIASES, "mlp_bias": "mlp_bias"},
             carried=_GRANITE_MULTIPLIERS,
             reads_tokenizer_as_is=True,
+            dropped=("layers_block_type",),
             defaults={
                 **_COMMON_DEFAULTS,
                 "max_position_embeddings": 2048,

@@ -195,6 +195,8 @@ def _regmean_findings(checked: _ReadConfig) -> _Findings:
         what = "regmean merges the matrices of attention, and include leaves them out; the rest is averaged"
         yield ("backbone", "include"), what, "include attention, or write method: linear"
     weights = backbone.weights or (1.0,) * len(config.experts)
+    if sum(weight != 0 for weight in weights) == 1:
+        return  # a copy, for which nothing is measured
     for index, (expert, weight) in enumerate(zip(config.experts, weights, strict=False)):
         loc: Loc = ("experts", index, "positive_prompts")
         if weight and checked.has(loc) and _lacks_prompts(expert, needs_text=True):

@@ -7,6 +7,8 @@ from raymoe.gate_modes.layer_values import FOLDS
 # How many tokens are summed at once, and the largest system that is solved for each fold and each regularization.
 CHUNK, CHOICE_SIZE = 4096, 1024
 _F64 = 8
+GPU_LIBRARY_BYTES = 350_000_000
+"""Host memory of the libraries that factorize on a GPU. Measured on H200."""
 _SAFETY_FACTOR = 1.08  # packed copies of matrices in libraries, measured
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import FOLDS
+from raymoe.gate_modes.least_squares_memory import GPU_LIBRARY_BYTES
 from raymoe.planning.plan import (
     Columns,
     Combine,
@@ -136,7 +137,7 @@ def _moment_pass_bytes(moments: MomentPlan, one: _Pass, tokens: int) -> dict[str
         kept=kept + moments.nbytes,
         computing=max(map(merging_bytes, moments.matrices)),
         computed_at_once=max_merges_at_once(moments),
-        gpu_libraries=MODES["ridge"].gpu_library_bytes,  # which factorizes too
+        gpu_libraries=GPU_LIBRARY_BYTES,
     )
 
 

@@ -158,7 +158,9 @@ def _second_moments(
 def _factorize(total_XX: torch.Tensor, moments: MatrixMoments) -> torch.Tensor:
     """The Cholesky factor of the summed second moments."""
     factor_XX, failed = torch.linalg.cholesky_ex(total_XX)
-    if int(failed):
+    # What is left of a column beside those before it, as a share of it. Rounding may leave some of a singular matrix.
+    left = factor_XX.diagonal().square() / total_XX.diagonal()
+    if int(failed) or left.min() <= len(total_XX) * torch.finfo(total_XX.dtype).eps:
         raise MergeFailed(
             f"backbone: the second moments of the inputs of {moments.module} in layer {moments.layer} have no inverse, "
             f"with alpha {moments.alpha:g}. Use a smaller alpha, or give the experts more prompts"

@@ -295,7 +295,7 @@ class StreamedDecoder:
                 module = self._model.layers[layer].get_submodule(name)
                 if not isinstance(module, torch.nn.Linear):
                     raise MergeFailed(
-                        f"layer {layer}: {name} is a {type(module).__name__} in transformers, and backbone: regmean "
+                        f"layer {layer}: {name} is a {type(module).__name__} here, and backbone: regmean "
                         "merges matrices of linear modules only. Use backbone: linear"
                     )
                 handles.append(module.register_forward_pre_hook(partial(_input_hook, on_inputs, layer, number, name)))

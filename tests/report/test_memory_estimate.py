@@ -209,9 +209,9 @@ def test_layers_that_pad_sequences(zoo: Callable[..., Path]) -> None:
             entry["positive_prompts"] = [f"{word}{number}" for number in range(40)]
         plan = raymoe.plan(content)
         assert chunk_size(plan.gates.experts[0].config) == chunk
-        (one,), _ = memory_estimate._passes(plan, None)
+        (one,), _ = memory_estimate._passes(plan.gates, None)
         assert one.batch_tokens < one.scanned <= 2048
-        assert memory_estimate._work_bytes(plan, one, 4) > one.scanned * 4 * least
+        assert memory_estimate._work_bytes(plan.gates.hidden, one, 4) > one.scanned * 4 * least
         prompts = [[0] * 3 for _ in range(40)]
         assert max(map(len, batches(prompts, chunk=chunk))) == min(40, 2048 // chunk)
     plain = raymoe.plan(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from raymoe.gate_modes.base import GateMode
+from raymoe.gate_modes.least_squares_memory import GPU_LIBRARY_BYTES
 
 if TYPE_CHECKING:
     from raymoe.gate_modes.layer_values import LayerActivations, LayerRows
@@ -23,7 +24,7 @@ class Ridge(GateMode):
     needs_text = True
     default_prompt_model = "grafted"
     max_tokens = 16_384  # beyond that, more tokens hardly help
-    gpu_library_bytes = 350_000_000  # of the libraries that factorize on a GPU; measured on H200
+    gpu_library_bytes = GPU_LIBRARY_BYTES
     measured_accuracy = (70, 96)
     single_prompt_note = "then uses a constant regularization and scale, and can't estimate an accuracy"
 
