@@ -1,6 +1,7 @@
 """Takes the picture of a routing page that the docs show, with whichever Chromium is installed.
 
-    python scripts/screenshot_page.py out/demo/eval.html                      # docs/routing-page.png
+    raymoe eval out/demo --data examples/heldout.jsonl --limit 4 --html page.html
+    python scripts/screenshot_page.py page.html                               # docs/routing-page.png
     python scripts/screenshot_page.py page.html --output dark.png --dark --size 1200x3400
 
 The browser runs headless in a profile of its own that is deleted afterwards, and loads nothing but the page.
