@@ -179,7 +179,7 @@ def apply(base: Path, adapter: Path) -> dict[str, torch.Tensor | None]:
 
 def test_e2b_backbones_merge_by_the_inputs_of_attention(zoo: Callable[..., Path], tmp_path: Path) -> None:
     """The matrices that make inputs of layers get the mean: they run after the FFN, which is not run in the last."""
-    base, experts = merge_e2b(zoo, tmp_path / "merged", mode="hidden", backbone="regmean")
+    _, experts = merge_e2b(zoo, tmp_path / "merged", mode="hidden", backbone="regmean")
     merged, sources = tensors_of(tmp_path / "merged"), [tensors_of(expert) for expert in experts]
     for name, is_mean in (("per_layer_input_gate", True), ("self_attn.q_proj", False)):
         full = f"model.layers.3.{name}.weight"
