@@ -32,7 +32,7 @@ from raymoe.planning.plan import (
 from raymoe.planning.tensor_sources import ROTARY_ROLES, Member, head_permutation, weight_ref, weight_refs
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts, SideFile, TensorEntry
-from raymoe.tensor_names import EMBEDDING, HEAD, layer_of
+from raymoe.tensor_names import EMBEDDING, HEAD, LAYER_INPUTS, layer_of
 
 _EMBEDDING_ROLES = ("embed", "embed_per_layer", "lm_head")
 _NAMED = 3  # tensors per note
@@ -224,8 +224,9 @@ class _BackbonePlanner:
 
 
 def is_matrix_of_attention(row: TensorRow, entry: TensorEntry) -> bool:
-    """Whether a tensor is a matrix that attention, or what a layer has in its place, multiplies its inputs by."""
-    return group_of(row) == "attention" and len(entry.shape) == 2
+    """Whether a tensor is a matrix that attention, or what a layer has in its place, multiplies its inputs by. Those of
+    inputs per layer are none: they run after the FFN, which the last layer does not run here."""
+    return group_of(row) == "attention" and len(entry.shape) == 2 and not row.role.startswith("inputs.")
 
 
 def module_of(name: str, layer: int) -> str:
@@ -287,7 +288,7 @@ def _weights_before_ffn(member: Member, layers: int) -> dict[str, WeightRef]:
     def is_needed(name: str) -> bool:
         layer = layer_of(name)
         if layer is None:
-            return name == EMBEDDING
+            return name == EMBEDDING or name in LAYER_INPUTS
         return layer < layers - 1 or (layer == layers - 1 and ffn not in name)
 
     return {name: ref for name, ref in weight_refs(member.facts, member.spec).items() if is_needed(name)}

@@ -59,8 +59,8 @@ class StreamableModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerInputs:
-    """What layers are given besides hidden states, in families that have it (Gemma 4).
+class SideInputs:
+    """What layers are given beside hidden states, in families that have it (Gemma 4).
 
     Attributes:
         table: Inputs of each layer for each distinct token of some batches, (tokens, layers, width).
@@ -325,7 +325,7 @@ class StreamedDecoder:
         layer: int,
         number: int,
         hidden_BTH: torch.Tensor,
-        inputs: LayerInputs,
+        inputs: SideInputs,
         on_ffn_inputs: StatesCallback | None,
     ) -> torch.Tensor:
         with torch.inference_mode():
@@ -334,15 +334,15 @@ class StreamedDecoder:
             with self.ffn_of(layer).register_forward_pre_hook(partial(_ffn_input_hook, on_ffn_inputs, layer, number)):
                 return self.run_layer(layer, hidden_BTH, inputs)
 
-    def prepare_inputs(self, batches: Sequence[Batch], models: Sequence[int] | None = None) -> list[LayerInputs]:
+    def prepare_inputs(self, batches: Sequence[Batch], models: Sequence[int] | None = None) -> list[SideInputs]:
         """What the layers are given for each batch besides hidden states. `models` as in `layer_inputs`."""
         if LAYER_EMBEDDINGS not in self._weights:
-            return [LayerInputs() for _ in batches]
+            return [SideInputs() for _ in batches]
         models = models or [0] * len(batches)
         tokens = {number: self._distinct_tokens(batches, models, number) for number in set(models)}
         tables = {number: self._inputs_of_tokens(found, number) for number, found in tokens.items()}
         return [
-            LayerInputs(
+            SideInputs(
                 table=tables[model], rows=torch.searchsorted(tokens[model], batch.ids.to(self._device).contiguous())
             )
             for batch, model in zip(batches, models, strict=True)
@@ -488,7 +488,7 @@ class StreamedDecoder:
         hidden = self._embedding(self._models[model].weights[EMBEDDING], batch.ids.flatten(), self._config.hidden_size)
         return hidden.reshape(*batch.ids.shape, -1)
 
-    def run_layer(self, layer: int, hidden_BTH: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+    def run_layer(self, layer: int, hidden_BTH: torch.Tensor, inputs: SideInputs) -> torch.Tensor:
         """A loaded layer's output for its input of the same shape. `inputs` are those of the batch."""
         tokens = hidden_BTH.shape[1]
         positions = torch.arange(tokens, device=self._device)[None]

@@ -177,6 +177,16 @@ def apply(base: Path, adapter: Path) -> dict[str, torch.Tensor | None]:
     return {**changed}
 
 
+def test_e2b_backbones_merge_by_the_inputs_of_attention(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """The matrices that make inputs of layers get the mean: they run after the FFN, which is not run in the last."""
+    _, experts = merge_e2b(zoo, tmp_path / "merged", mode="hidden", backbone="regmean")
+    merged, sources = tensors_of(tmp_path / "merged"), [tensors_of(expert) for expert in experts]
+    for name, is_mean in (("per_layer_input_gate", True), ("self_attn.q_proj", False)):
+        full = f"model.layers.3.{name}.weight"
+        mean = sum(source[full] for source in sources) / len(sources)
+        assert torch.allclose(merged[full], mean, atol=1e-6) is is_mean
+
+
 def test_e2b_is_evaluated_and_answers_as_transformers(zoo: Callable[..., Path], tmp_path: Path) -> None:
     merge_e2b(zoo, tmp_path / "merged", experts_per_token=2)
     model, mixture, texts = load_merged(tmp_path / "merged"), open_mixture(tmp_path / "merged"), texts_of()
