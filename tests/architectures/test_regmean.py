@@ -107,6 +107,7 @@ def test_copies_of_one_model_are_exact(family: str, zoo: Callable[..., Path], tm
 def test_one_expert_is_copied(zoo: Callable[..., Path], tmp_path: Path) -> None:
     base, expert = zoo("llama"), zoo("llama", seed=1)
     config = merge_config(base, [expert], mode="random", experts_per_token=1)
+    config["experts"][0]["positive_prompts"] = list(PROMPTS[0])
     plans: list[MergePlan] = []
     for number, backbone in enumerate(("linear", "regmean")):
         plans.append(merge_without_ray({**config, "backbone": backbone}, tmp_path / str(number)))
