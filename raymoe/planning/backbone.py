@@ -336,19 +336,22 @@ def _find_unused(
     """The tensors of each expert's backbone that are not in the merge, unless they equal the base's."""
     base = {name: weight_ref(facts, name) for row, _, name in spec.tensors() if not row.is_ffn}
     base_groups = {name: group_of(row) for row, _, name in spec.tensors()}
+    tables: dict[int, list[tuple[str, str]]] = {}  # by the object's id: members share their specs
     for member in members:
         adapter, by_adapter = member.facts.adapter, True
         # By group: whether it is known to differ.
         found = {_group_of_module(module, base_groups): True for module in (adapter.left_out if adapter else ())}
         known, names = differing.get(member.facts.label, ()), used.get(member.owner, ())
-        for row, _, name in member.spec.tensors():
-            if row.is_ffn or name in names or name not in member.facts.index.tensors:
+        if id(member.spec) not in tables:
+            tables[id(member.spec)] = [(name, group_of(r)) for r, _, name in member.spec.tensors() if not r.is_ffn]
+        for name, group in tables[id(member.spec)]:
+            if (found.get(group) and not by_adapter) or name in names or name not in member.facts.index.tensors:
                 continue
             own, other = weight_ref(member.facts, name), base.get(name)
             if other is None or not _is_same(own, other):
                 is_replaced = adapter is not None and name in adapter.replaced
                 by_adapter = by_adapter and (is_replaced or (other is not None and own.entry == other.entry))
-                found[group_of(row)] = found.get(group_of(row), False) or name in known or _differs(own, other)
+                found[group] = found.get(group, False) or name in known or _differs(own, other)
         if found:
             yield UnusedBackbone(
                 owner=member.owner,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from raymoe.planning.plan import Columns, Combine, Copy, Shard, Transposed
+from raymoe.planning.plan import Columns, Combine, Copy, Part, Shard, Transposed
 from raymoe.planning.shard_packing import OutputTensor
 from raymoe.sources.dtypes import tensor_nbytes
 
@@ -14,8 +14,8 @@ def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None
     """Every output tensor exactly once; bytes = dtype x shape; parts back to back; copies of equal length and dtype."""
     parts = [part.name for shard in shards for part in shard.parts]
     assert len(parts) == len(set(parts)), "a part is written twice"
-    by_file = [tensor for shard in shards for tensor, _ in groupby(part.tensor for part in shard.parts)]
-    names = {tensor.name for tensor in by_file}
+    by_file = [name for shard in shards for name, _ in groupby(map(_tensor_name, shard.parts))]
+    names = set(by_file)
     assert len(names) == len(by_file), "an output tensor is written twice"
     assert names == {t.name for t in tensors}, "an output tensor is not written"
     files = [shard.file_name for shard in shards]
@@ -42,7 +42,12 @@ def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None
                 assert {(matrix.dtype, matrix.shape[1]) for matrix in matrices} == {(part.dtype, part.shape[0])}
                 assert sum(matrix.nbytes for matrix in matrices) == part.nbytes, f"{part.name}: rows missing"
             end = part.end
-        for tensor, of_tensor in groupby(shard.parts, key=lambda part: part.tensor):
+        for name, of_tensor in groupby(shard.parts, key=_tensor_name):
             pieces = list(of_tensor)
-            size = sum(piece.nbytes for piece in pieces)
-            assert size == tensor_nbytes(pieces[0].dtype, tensor.shape), f"{tensor.name}: its parts do not make it up"
+            assert all(piece.whole == pieces[0].whole for piece in pieces[1:]), f"{name}: its parts have other shapes"
+            size, shape = sum(piece.nbytes for piece in pieces), pieces[0].tensor.shape
+            assert size == tensor_nbytes(pieces[0].dtype, shape), f"{name}: its parts do not make it up"
+
+
+def _tensor_name(part: Part) -> str:
+    return (part.whole or part).name

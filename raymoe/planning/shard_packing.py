@@ -120,8 +120,8 @@ def _is_adjacent(left: OutputTensor, right: OutputTensor) -> bool:
     return (
         isinstance(a, Copy)
         and isinstance(b, Copy)
-        and a.source.file == b.source.file
         and a.source.end == b.source.start
+        and (a.source.file is b.source.file or a.source.file == b.source.file)
     )
 
 

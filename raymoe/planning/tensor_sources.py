@@ -110,8 +110,9 @@ def expert_tensors(
 
 def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
     """The FFN of one expert or shared expert. Roles with the same name share one tensor, row by row."""
+    by_name = _roles_by_name(names)
     for matrices in _ffn_layers(member, dtype, seed):
-        for template, roles in _roles_by_name(names).items():
+        for template, roles in by_name.items():
             output = template.format(layer=matrices[roles[0]].layer, expert=member.owner.index)
             (width,) = {matrices[role].shape[1:] for role in roles}
             shape = (sum(matrices[role].shape[0] for role in roles), *width)

@@ -11,6 +11,8 @@ this code.
 from __future__ import annotations
 
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -26,6 +28,8 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 PREFIX_BYTES = 64 * 1024  # read first: holds the header of nearly every shard, so that one request is enough
 
 _DOWNLOAD_AGAIN = "download or save the file again"
+_MAX_KNOWN = 64  # headers that are kept, as many as the files of a large model
+_MAX_KNOWN_BYTES = 1 << 20  # of one of them
 
 
 def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[TensorEntry, ...]:
@@ -36,6 +40,8 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
     """
     where = where or file.location
     raw, data_start = _header_bytes(read, file, where)
+    if (known := _checked_headers.find(raw, file.size)) is not None:
+        return tuple(_of_file(entry, file) for entry in known)
     items = _decode(raw, where)
     problems = FileProblems(where, _DOWNLOAD_AGAIN)
     entries: list[TensorEntry] = []
@@ -50,7 +56,42 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
         entries.sort(key=lambda entry: (entry.start, entry.end))
         _check_layout(entries, file, data_start, problems)
     problems.raise_any()
-    return tuple(entries)
+    _checked_headers.add(raw, file.size, found := tuple(entries))
+    return found
+
+
+class _CheckedHeaders:
+    """The last headers without a problem, by their bytes and the file's size: the same bytes say the same tensors. Many
+    fine-tunes of one model have equal headers. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[bytes, int], tuple[TensorEntry, ...]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, raw: bytes, size: int) -> tuple[TensorEntry, ...] | None:
+        """The tensors, in another file of that header."""
+        with self._lock:
+            if (raw, size) in self._entries:
+                self._entries.move_to_end((raw, size))
+            return self._entries.get((raw, size))
+
+    def add(self, raw: bytes, size: int, entries: tuple[TensorEntry, ...]) -> None:
+        if len(raw) > _MAX_KNOWN_BYTES:
+            return
+        with self._lock:
+            self._entries[raw, size] = entries
+            if len(self._entries) > _MAX_KNOWN:
+                self._entries.popitem(last=False)
+
+
+_checked_headers = _CheckedHeaders()
+
+
+def _of_file(entry: TensorEntry, file: SourceFile) -> TensorEntry:
+    """The same tensor in another file."""
+    return TensorEntry(
+        name=entry.name, dtype=entry.dtype, shape=entry.shape, file=file, start=entry.start, end=entry.end
+    )
 
 
 def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes, int]:

@@ -43,6 +43,7 @@ class Answer:
 class Canned:
     def __init__(self, answers: tuple[Answer, ...]):
         self.answers, self.requests = list(answers), list[tuple[str, str]]()
+        self.agents: set[str] = set()  # what clients call themselves
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self.url = ""
@@ -68,6 +69,7 @@ def canned(*answers: Answer) -> Iterator[Canned]:
 
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            state.agents.add(self.headers.get("User-Agent") or "")
             answer = state.next(self.command, self.path)
             time.sleep(answer.seconds)
             state.done()

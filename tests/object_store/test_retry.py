@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from raymoe._version import __version__
 from raymoe.object_store.errors import ObjectChanged, StorageError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import MIN_PART_BYTES
@@ -132,6 +133,7 @@ def test_what_lasts_is_not(keys: None, status: int, code: str) -> None:
             store.read_all("s3://bucket/key")
         assert len(server.requests) == 1
         assert store.counters.retries == 0
+        assert {agent.split(" ")[0] for agent in server.agents} == {f"raymoe/{__version__}"}
 
 
 @pytest.mark.s3

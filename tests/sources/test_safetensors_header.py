@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,24 @@ def test_a_long_header_takes_a_second_read() -> None:
 
     assert len(parse_header(read, SourceFile(location="/f", size=len(data)))) == 2000
     assert reads == [(0, PREFIX_BYTES), (PREFIX_BYTES, 8 + int.from_bytes(data[:8], "little"))]
+
+
+def test_an_equal_header_of_another_file_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tunes of one model have equal headers. The tensors are those of the file that was asked for."""
+    data = build({"a": tensor(), "b": tensor(offsets=(8, 16))}, bytes(16))
+    files = [SourceFile(location=f"/model-{number}/f.safetensors", size=len(data)) for number in range(2)]
+    one = parse_header(lambda start, end: data[start:end], files[0])
+    monkeypatch.setattr("raymoe.sources.safetensors_header._decode", lambda *_: pytest.fail("parsed again"))
+    two = parse_header(lambda start, end: data[start:end], files[1])
+    assert [entry.file for entry in (*one, *two)] == [files[0]] * 2 + [files[1]] * 2
+    assert two == tuple(replace(entry, file=files[1]) for entry in one)
+
+
+def test_an_equal_header_of_a_truncated_file_is_refused() -> None:
+    data = build({"a": tensor(), "c": tensor(offsets=(8, 16))}, bytes(16))
+    assert len(parse(data)) == 2
+    with pytest.raises(CheckpointError, match="truncated"):
+        parse(data[:-8])
 
 
 @pytest.mark.parametrize(
