@@ -73,6 +73,11 @@ def run_kind(world: World, kind: str, strikes: int, arguments: argparse.Namespac
         yield outcome
 
 
+def sends_jobs(kinds: Sequence[str]) -> bool:
+    """Whether cases of these kinds are sent by `raymoe submit`. The job server takes a while to start."""
+    return any(make_case(kind, number, 0, ()).way == "job" for kind in kinds if kind != "store" for number in range(4))
+
+
 def say(outcome: Outcome, hit: int, strikes: int) -> None:
     found = [*outcome.problems, *outcome.left]
     more = f"; {'; '.join(found)} ({outcome.log})" if found else ""
@@ -198,7 +203,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started is ended
     with (
         tempfile.TemporaryDirectory(prefix="raymoe-chaos-", dir=arguments.work) as folder,
-        open_world(Path(folder), arguments.servers, HEAD_CPUS, job_server=True) as world,
+        open_world(Path(folder), arguments.servers, HEAD_CPUS, job_server=sends_jobs(arguments.kinds)) as world,
         connected(world.cluster.environment),
     ):
         before = machine([world.cluster.temp])

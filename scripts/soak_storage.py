@@ -74,6 +74,11 @@ def run_all(
     return [outcomes[number] for number in sorted(outcomes)]
 
 
+def used_servers(cases: Sequence[Case]) -> list[str]:
+    """The servers that these cases need, each once."""
+    return list(dict.fromkeys(case.server for case in cases))
+
+
 def say(outcome: Outcome, done: int, count: int) -> None:
     more = f"; {'; '.join(outcome.problems)} ({outcome.log})" if outcome.problems else ""
     line = f"{outcome.verdict}, {outcome.kills} kills, {outcome.faults.total()} faults, {outcome.seconds:.1f} s{more}"
@@ -200,7 +205,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started is ended
     with (
         tempfile.TemporaryDirectory(prefix="raymoe-soak-", dir=arguments.work) as folder,
-        open_world(Path(folder), servers, cpus=4 * arguments.jobs) as world,
+        open_world(Path(folder), used_servers([*cases, *examples]), cpus=4 * arguments.jobs) as world,
     ):
         common = (arguments.logs, arguments.jobs, arguments.timeout, began + 60 * arguments.minutes)
         outcomes = run_all(world, cases, *common) + run_all(world, examples, *common)

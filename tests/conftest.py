@@ -55,15 +55,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_tiers(items)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported stays: looking through it again and again for garbage took a tenth of the time."""
+    _files_with_ray.update(item.path for item in session.items if item.get_closest_marker("ray") is not None)
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
 
 
-def pytest_runtest_setup() -> None:
-    """One thread for each test, whatever the one before has computed with."""
+_files_with_ray: set[Path] = set()
+_requests_of_ray: list[Any] = []  # the one that has brought up `local_ray`, while that is up
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread for each test, whatever the one before has computed with. No cluster beside files that need none: it
+    takes a twentieth of a core while it idles."""
+    if item.path not in _files_with_ray:
+        for request in list(_requests_of_ray):
+            request._fixturedef.finish(request)  # and all fixtures that use it; a later file would start it again
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
@@ -75,13 +84,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def local_ray(_aws_files: Path) -> Iterator[None]:
+def local_ray(request: pytest.FixtureRequest, _aws_files: Path) -> Iterator[None]:
     """A Ray cluster of this process. Merges in the same process use it as it is and leave it alone."""
     import ray
 
     with environment({"AWS_CONFIG_FILE": str(_aws_files), "AWS_SHARED_CREDENTIALS_FILE": str(_aws_files)}):
         _start_ray(tries=3)
+    _requests_of_ray.append(request)
     yield
+    _requests_of_ray.clear()
     ray.shutdown()
 
 

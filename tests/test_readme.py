@@ -40,8 +40,9 @@ def test_numbers_are_those_of_the_page(name: str, text: str, page: str) -> None:
     assert missing == [], f"{name}: not in {page}"
 
 
+@pytest.mark.engines
 def test_its_python_runs(
-    zoo: Callable[..., Path], local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    zoo: Callable[..., Path], without_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts = []
     for seed, kind in enumerate(("law", "code"), 1):

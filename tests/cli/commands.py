@@ -32,12 +32,13 @@ def raymoe(
     """Run a command to its end. Fails on a traceback, which no user should see.
 
     A process of its own takes seconds to start. It is done without one where the command needs no Ray, or would use the
-    cluster that this process is connected to. There it works with one actor, unless the arguments say otherwise: each
-    takes seconds to import what computes.
+    cluster that this process is connected to, or merges run in this process (tests/runtime/in_process.py). On the
+    cluster it works with one actor, unless the arguments say otherwise: each takes seconds to import what computes.
     """
     if str(arguments[0]) in ("merge", "verify") and _is_this_cluster(env) and "--actors" not in arguments:
         arguments = (*arguments, "--actors", "1")
-    if not options and (str(arguments[0]) in _WITHOUT_RAY or _is_this_cluster(env)):
+    is_here = str(arguments[0]) in _WITHOUT_RAY or _merges_run_here() or _is_this_cluster(env)
+    if not options and is_here:
         return _run_here([str(argument) for argument in arguments], os.environ if env is None else env, cwd)
     done = subprocess.run(
         command(*arguments), env=env, cwd=cwd, capture_output=True, text=True, timeout=180, check=False, **options
@@ -47,6 +48,11 @@ def raymoe(
 
 
 _WITHOUT_RAY = frozenset({"plan", "inspect", "archs", "eval", "submit", "try"})
+
+
+def _merges_run_here() -> bool:
+    in_process: Any = sys.modules.get("tests.runtime.in_process")
+    return in_process is not None and bool(in_process.is_in_this_process())
 
 
 def _is_this_cluster(env: Mapping[str, str] | None) -> bool:
@@ -124,12 +130,15 @@ def finished_shards(output: Path) -> list[str]:
 
 
 def wait_until(condition: Callable[[], Any], what: str, processes: Sequence[subprocess.Popen[str]] = ()) -> Any:
-    """Poll a condition. Fails after two minutes, and at once when a process ends that should make it true."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    """Poll a condition. Fails after four minutes, and at once when a process ends that should make it true.
+
+    A look takes at most a quarter of a core, so that what is waited for has the rest.
+    """
+    deadline = time.monotonic() + 240
+    while (began := time.monotonic()) < deadline:
         ended = [process for process in processes if process.poll() is not None]
         if value := condition():
             return value
         assert not ended, f"the command ended before {what}: {ended[0].communicate()}"
-        time.sleep(0.002)
-    raise AssertionError(f"not in two minutes: {what}")
+        time.sleep(max(0.002, 3 * (time.monotonic() - began)))
+    raise AssertionError(f"not in four minutes: {what}")

@@ -13,6 +13,7 @@ import yaml
 
 from tests.cli.commands import hashes, raymoe, write_config
 from tests.pico import merge_config
+from tests.runtime.in_process import in_this_process
 
 Cli = Callable[..., Any]
 
@@ -43,7 +44,8 @@ MERGEKIT_OTHERS = [
 
 def test_as_mergekit_moe_is_called(config: Callable[..., Path], ray_env: dict[str, str], tmp_path: Path) -> None:
     path = config()
-    assert raymoe("merge", path, tmp_path / "a", "--copy-tokenizer", env=ray_env).returncode == 0
+    with in_this_process():
+        assert raymoe("merge", path, tmp_path / "a", "--copy-tokenizer").returncode == 0
     flags = ["--copy-tokenizer", "--allow-crimes", "--out-shard-size", "1B", "--lazy-unpickle"]
     done = raymoe("merge", path, tmp_path / "b", *flags, env=ray_env)
     assert done.returncode == 0
@@ -169,22 +171,6 @@ def test_model_card(
     assert (tmp_path / "out/README.md").exists() == (flag == "--write-model-card")
     files = json.loads((tmp_path / "out/raymoe.json").read_text())["files"]
     assert ("README.md" in files) == (flag == "--write-model-card")
-
-
-@pytest.mark.processes
-def test_a_laptop_without_a_cluster(config: Callable[..., Path], tmp_path: Path) -> None:
-    """No RAY_ADDRESS: Ray starts here and ends with the command."""
-    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = raymoe("merge", config(), tmp_path / "out", env=env)
-    assert done.returncode == 0
-    said = done.stderr.splitlines()
-    assert said[0].startswith("Mixtral, 3 experts: ") and said[0].endswith(f"to {tmp_path / 'out'}")
-    assert said[1] == "starting Ray on this machine"
-    end = said[said.index("Backbone: the base's attention, norms and embeddings.") - 1 :]
-    commands = [line.strip() for line in end[end.index("next:") + 1 :]]
-    heads = [line.split(":")[0] for line in end[: end.index("next:")]]
-    assert (heads[0], heads[1], heads[-1], *set(heads[2:-1])) == ("done", "Backbone", "peak memory", "not used")
-    assert commands and all(command.startswith(f"raymoe {command.split()[1]} {tmp_path}") for command in commands)
 
 
 def test_version(cli: Callable[..., Any]) -> None:

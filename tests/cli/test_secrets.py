@@ -1,14 +1,11 @@
 """A password goes in by every option and variable that can hold one, and comes out nowhere.
 
-Not in what commands say, not in the files that they write, not in Ray's.
+Not in what commands say, not in the files that they write, not in Ray's (test_own_ray.py).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -183,27 +180,6 @@ def test_configs(
     answer = cli(command, path, *rest)
     assert answer.code != 0
     assert told(answer.out) == told(answer.err) == written(environment, without=("config.yaml",)) == []
-
-
-@pytest.mark.processes
-def test_a_merge_and_rays_records_of_it(small: Callable[..., Any], tmp_path: Path) -> None:
-    """A command of its own, whose Ray starts with all variables set, that merges and reads prompts."""
-    content = small(gate_mode="cheap_embed")
-    for number, expert in enumerate(content["experts"]):
-        expert["positive_prompts"] = [f"prompt {number}"]
-    config = write_config(tmp_path / "config.yaml", content)
-    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # the path of a socket has to be short
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env |= {**VARIABLES, "RAY_TMPDIR": str(session), "no_proxy": "*"}
-    try:
-        done = raymoe("merge", config, tmp_path / "out", "-v", "--actors", "1", env=env)
-        assert done.returncode == 0, done.stderr
-        assert told(done.stdout) == told(done.stderr) == []
-        assert {"raymoe.json", "README.md", "result.json"} <= {path.name for path in files_below(tmp_path / "out")}
-        assert any("logs" in str(path) for path in files_below(session))
-        assert written(tmp_path) == written(session) == []
-    finally:
-        shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.mark.parametrize(

@@ -42,21 +42,39 @@ def test_an_encoding_that_lacks_a_character(config: Path) -> None:
     assert done.returncode == 2 and "n\\xf6.yaml: no such file" in done.stderr
 
 
+CLOSED = ("$R >&-", 0, "")
+NO_STREAMS = ("$R >&- 2>&- <&-", 0, "")
+FULL = ("$R > /dev/full", 1, "error: standard output can't be written to: No space left on device\n")
+
+
+# Each command, and each way; `make soak` has the rest of the pairs.
 @pytest.mark.parametrize(
-    ("line", "status", "said"),
+    ("arguments", "line", "status", "said"),
     [
-        ("$R >&-", 0, ""),
-        ("$R >&- 2>&- <&-", 0, ""),
-        ("$R > /dev/full", 1, "error: standard output can't be written to: No space left on device\n"),
+        (("archs", "--json"), *NO_STREAMS),
+        (("--version",), *FULL),
+        (("plan", "CONFIG"), *CLOSED),
+        (("plan", "CONFIG"), *FULL),
+        *(
+            pytest.param(arguments, *way, marks=pytest.mark.soak)
+            for arguments, way in (
+                (("archs", "--json"), CLOSED),
+                (("archs", "--json"), FULL),
+                (("--version",), CLOSED),
+                (("--version",), NO_STREAMS),
+                (("plan", "CONFIG"), NO_STREAMS),
+            )
+        ),
     ],
 )
-@pytest.mark.parametrize("arguments", [("archs", "--json"), ("--version",), ("plan", "CONFIG")])
 def test_output_that_nobody_gets(config: Path, arguments: tuple[str, ...], line: str, status: int, said: str) -> None:
     done = shell(line, *(str(config) if word == "CONFIG" else word for word in arguments))
     assert (done.returncode, done.stderr) == (status, said)
 
 
-@pytest.mark.parametrize("arguments", [("archs",), ("archs", "--json"), ("--version",)])
+@pytest.mark.parametrize(
+    "arguments", [("archs",), pytest.param(("archs", "--json"), marks=pytest.mark.soak), ("--version",)]
+)
 def test_a_reader_that_has_gone(arguments: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -75,10 +75,16 @@ def test_a_merge_is_followed_and_finished(
     written = wait_until(lambda: _metric(head.metrics(), "ray_raymoe_bytes_copied_total", str(out)), "metrics")
     assert written == weights
     assert _metric(head.metrics(), "ray_raymoe_shards_done_total", str(out)) == len(same.shards) - 1
-    # Submitted again there is nothing left to do; another plan is refused by the merge itself. Their status comes back.
-    again = raymoe("submit", "config.yaml", out, env=head.env, cwd=tmp_path)
+
+
+@pytest.mark.soak  # that a job's status 0, 1 and 2 come back is in the other tests
+def test_a_finished_merge_is_submitted_again(head: JobHead, config: Callable[..., Path], tmp_path: Path) -> None:
+    """Nothing is left to do; another plan is refused by the merge itself. Their status comes back."""
+    path, out = config(), tmp_path / "out"
+    assert raymoe("submit", path, out, env=head.env).returncode == 0
+    again = raymoe("submit", path, out, env=head.env)
     assert again.returncode == 0 and "already complete" in again.stdout
-    other = raymoe("submit", "config.yaml", out, "--out-shard-size", "31K", env=head.env, cwd=tmp_path)
+    other = raymoe("submit", path, out, "--out-shard-size", "31K", env=head.env)
     assert other.returncode == 2 and "the output folder holds a finished merge" in other.stdout
 
 
@@ -88,19 +94,19 @@ def _metric(text: str, name: str, output: str) -> float | None:
 
 
 def test_a_merge_that_fails(head: JobHead, zoo: Callable[..., Path], tmp_path: Path) -> None:
-    """The base has weights that are no numbers, which shows while it reads prompts."""
+    """An expert has weights that are no numbers, which shows while it is copied."""
     name = "model.layers.0.mlp.down_proj.weight"
     broken = torch.full_like(tensors_of(zoo("llama"))[name], torch.nan)
-    base = copy_model(zoo("llama"), tmp_path / "base", tensors={name: broken})
-    config = merge_config(base, [zoo("llama", seed=1), zoo("llama", seed=2)], mode="hidden")
+    expert = copy_model(zoo("llama"), tmp_path / "expert", tensors={name: broken})
+    config = merge_config(zoo("llama"), [expert, zoo("llama", seed=2)], mode="random")
     path = write_config(tmp_path / "config.yaml", config)
-    failed = raymoe("submit", path, tmp_path / "out", f"--result={tmp_path}/run.json", env=head.env)
+    failed = raymoe("submit", path, tmp_path / "out", "--strict", f"--result={tmp_path}/run.json", env=head.env)
     assert failed.returncode == 1
-    assert "are not finite numbers at layer" in failed.stdout
+    assert "NaN or infinity in model.layers.0.mlp.down_proj.weight" in failed.stdout
     assert "submit it again" in failed.stderr and "result:" not in failed.stderr
     run = json.loads((tmp_path / "run.json").read_text())
-    assert (run["exit_reason"], run["phases"]["gates"]["end_s"]) == ("failed", None)
-    assert "are not finite numbers" in run["error"]
+    assert (run["exit_reason"], run["phases"]["shards"]["end_s"]) == ("failed", None)
+    assert "NaN or infinity" in run["error"]
 
 
 def test_models_that_the_cluster_lacks(head: JobHead, tmp_path: Path) -> None:

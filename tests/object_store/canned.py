@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 
 from tests.http_server import HttpServer
+from tests.object_store.servers import read_service_files_once
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Canned:
 
 @contextmanager
 def canned(*answers: Answer) -> Iterator[Canned]:
+    read_service_files_once()
     state = Canned(answers)
 
     class Handler(BaseHTTPRequestHandler):

@@ -38,7 +38,7 @@ STARTERS = ("moto", "juicefs")
 """The servers that tests run against, one after the other."""
 Keys = tuple[str, str]
 _PR_SET_PDEATHSIG = 1
-_START_S = 60
+_START_S, _STARTS = 60, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +70,32 @@ class Server:
         }
 
     def client(self) -> Any:
-        """A botocore client, independent of the package."""
-        import botocore.config
-        import botocore.session
+        """A botocore client, independent of the package. Threads may share it."""
+        return _client(self.endpoint, self.key, self.secret)
 
-        return botocore.session.Session().create_client(
-            "s3",
-            endpoint_url=self.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=self.key,
-            aws_secret_access_key=self.secret,
-            config=botocore.config.Config(s3={"addressing_style": "path"}),
-        )
+
+@functools.cache
+def _client(endpoint: str, key: str, secret: str) -> Any:
+    import botocore.config
+    import botocore.session
+
+    read_service_files_once()
+    return botocore.session.Session().create_client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        config=botocore.config.Config(s3={"addressing_style": "path"}),
+    )
+
+
+@functools.cache
+def read_service_files_once() -> None:
+    """Let all clients of this process share what botocore reads of its own files, a megabyte of JSON."""
+    import botocore.session
+
+    botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 
 
 def new_keys() -> Keys:
@@ -92,6 +106,7 @@ def new_keys() -> Keys:
 @functools.cache
 def running_server(kind: str) -> Server:
     """The server of a kind that all tests of this process share; stopped when the process ends."""
+    read_service_files_once()
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"raymoe-test-{kind}-"))
@@ -100,10 +115,22 @@ def running_server(kind: str) -> Server:
 
 @contextmanager
 def start_server(kind: str, folder: Path, keys: Keys | None = None) -> Iterator[Server]:
-    """The server of a kind, with its files in `folder` (which is made), until the context ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The server of a kind, with its files in `folder` (which is made), until the context ends.
+
+    A port that was free may be taken when the server opens it: then another one is started.
+    """
     starter = {"moto": start_moto, "juicefs": start_juicefs, "seaweedfs": start_seaweedfs}[kind]
-    with starter(folder, keys or new_keys()) as server:
+    with contextlib.ExitStack() as stack:
+        for number in range(_STARTS):
+            here = folder / str(number)
+            here.mkdir(parents=True, exist_ok=True)
+            try:
+                server = stack.enter_context(starter(here, keys or new_keys()))
+            except RuntimeError:
+                if number == _STARTS - 1:
+                    raise
+            else:
+                break
         yield server
 
 

@@ -52,7 +52,7 @@ def served(command: list[str], port: int, log: Path, **environment: str) -> Iter
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
@@ -61,7 +61,7 @@ def served(command: list[str], port: int, log: Path, **environment: str) -> Iter
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder, port = tmp_path_factory.mktemp("juicefs"), free_port()
     meta = f"sqlite3://{folder}/meta.db"
     formatted = [program, "format", "--storage", "file", "--bucket", f"{folder}/data/", meta, "volume"]
-    subprocess.run(formatted, check=True, capture_output=True, timeout=30)
+    subprocess.run(formatted, check=True, capture_output=True, timeout=120)
     options = ["--multi-buckets", "--keep-etag", "--no-usage-report", "--cache-dir", f"{folder}/cache"]
     command = [program, "gateway", *options, meta, f"127.0.0.1:{port}"]
     secrets = {"MINIO_ROOT_USER": "testing", "MINIO_ROOT_PASSWORD": "testing-secret"}
@@ -105,7 +105,7 @@ def s3(url: str, secret: str = "testing-secret") -> Any:
 
 def call(url: str, method: str, target: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
     """Status and body of one request on a connection of its own."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     with contextlib.closing(connection):
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method, target, body=body, headers={**SIGNED, **names})
@@ -115,7 +115,7 @@ def call(url: str, method: str, target: str, body: Any = None, **headers: str) -
 
 def dial(url: str) -> socket.socket:
     parts = urlsplit(url)
-    return socket.create_connection((parts.hostname, parts.port), 10)
+    return socket.create_connection((parts.hostname, parts.port), 60)
 
 
 def raw_request(method: str, target: str, *lines: str) -> bytes:
@@ -223,7 +223,7 @@ def witness() -> Iterator[Witness]:
         thread.start()
         yield server
         server.shutdown()
-        thread.join(10)
+        thread.join(60)
 
 
 # ---- Decisions ----
@@ -397,7 +397,7 @@ def put_in_signed_chunks(url: str, target: str, payload: bytes) -> tuple[int, by
         digests = (EMPTY_SHA256_HASH, hashlib.sha256(chunk).hexdigest())
         signature = auth.signature("\n".join((*lines, *digests)), signed)
         body += f"{len(chunk):x};chunk-signature={signature}\r\n".encode() + chunk + b"\r\n"
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     with contextlib.closing(connection):
         connection.request("PUT", target, body=body, headers=dict(signed.headers.items()))
         response = connection.getresponse()
@@ -453,7 +453,7 @@ def test_what_the_client_sent_reaches_the_server_unchanged(witness: Witness) -> 
 
 def test_connections_are_kept_on_both_sides(witness: Witness) -> None:
     with FaultProxy(witness.url) as proxy:
-        connection = http.client.HTTPConnection(urlsplit(proxy.url).netloc, timeout=10)
+        connection = http.client.HTTPConnection(urlsplit(proxy.url).netloc, timeout=60)
         with contextlib.closing(connection):
             answers = []
             for method, target in (
@@ -503,13 +503,13 @@ def test_hundreds_of_connections_and_an_end_without_leaks(witness: Witness) -> N
             assert connection.recv(10) == b"HTTP/1.1 2"
         begun = time.monotonic()
         proxy.stop()
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 60
         proxy.stop()
     assert proxy.stats().requests["GetObject"] == proxy.stats().requests["PutObject"] == 150
     with pytest.raises(ConnectionRefusedError):
         dial(proxy.url)
     # The witness notices on its own time that its connections have ended.
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while threading.active_count() > threads or len(os.listdir("/proc/self/fd")) > files:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -526,7 +526,7 @@ def test_a_client_that_dies_in_its_upload_takes_the_servers_connection_along(mot
     with FaultProxy(moto) as proxy:
         with dial(proxy.url) as connection:
             connection.sendall(raw_request("PUT", "/bucket/half", "Content-Length: 1000") + b"x" * 500)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while proxy.stats().client_hangups == 0:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -577,7 +577,7 @@ def always(kind: str, target: str, **options: Any) -> FaultProxy:
 )
 def test_errors_come_without_the_server_hearing(witness: Witness, kind: str, status: int, code: bytes) -> None:
     with always(kind, witness.url) as proxy:
-        connection = http.client.HTTPConnection(urlsplit(proxy.url).netloc, timeout=10)
+        connection = http.client.HTTPConnection(urlsplit(proxy.url).netloc, timeout=60)
         with contextlib.closing(connection):
             connection.request("PUT", "/b/k", body=b"x" * 1_000_000)
             response = connection.getresponse()
@@ -619,13 +619,13 @@ def test_requests_are_kept_back_until_they_are_let_go(witness: Witness) -> None:
     with FaultProxy(witness.url) as proxy, ThreadPoolExecutor(2) as pool:
         proxy.hold()
         answers = [pool.submit(call, proxy.url, "PUT", f"/b/{number}", b"x") for number in range(2)]
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while proxy.held < 2:
             assert time.monotonic() < end, "the requests did not arrive"
             time.sleep(0.005)
         assert not witness.seen
         proxy.let_go()
-        assert [answer.result(10)[0] for answer in answers] == [200, 200]
+        assert [answer.result(60)[0] for answer in answers] == [200, 200]
         assert call(proxy.url, "GET", "/b/k")[0] == 200
         assert proxy.held == 0
     assert sorted(line.split()[1] for line, _, _ in witness.seen) == ["/b/0", "/b/1", "/b/k"]
@@ -692,7 +692,7 @@ def test_slow_is_before_or_in_the_body_and_harmless(witness: Witness) -> None:
                 received = connection.recv(1)
                 first_bytes.append(time.monotonic() - begun)
                 received += until_closed(connection)
-                assert 0.3 <= time.monotonic() - begun < 20
+                assert 0.3 <= time.monotonic() - begun < 60
                 assert received.endswith(b"\r\n\r\n" + b"r" * 1000)
         begun = time.monotonic()
         assert call(proxy.url, "DELETE", "/b/nothing")[0] == 204
@@ -798,10 +798,10 @@ def program(target: str, *arguments: str) -> Iterator[tuple[str, subprocess.Pope
         with process.stdout:
             yield process.stdout.readline().strip(), process
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_the_program_writes_its_stats(witness: Witness, tmp_path: Path) -> None:
@@ -809,7 +809,7 @@ def test_the_program_writes_its_stats(witness: Witness, tmp_path: Path) -> None:
     faults = ("--seed", "7", "--rate", "0", "--set", "error_500=1", "--max-consecutive", "1")
     with program(witness.url, *faults, "--stats", str(stats)) as (url, _):
         assert call(url, "GET", "/b/k")[0] == 500
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not stats.exists() or json.loads(stats.read_text())["faults"]["error_500"] != 1:
             assert time.monotonic() < deadline, "no stats while it runs"
             time.sleep(0.05)
@@ -823,5 +823,5 @@ def test_the_program_writes_its_stats(witness: Witness, tmp_path: Path) -> None:
 
 def test_the_program_refuses_impossible_rates() -> None:
     command = [sys.executable, str(PROGRAM), "--target", "http://127.0.0.1:1", "--set", "error_500=2"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and "error_500 is 2.0" in ended.stderr

@@ -206,8 +206,8 @@ def test_only_uploads_below_the_url_are_listed(store: S3Store, bucket: str) -> N
 
 
 @pytest.mark.soak_on("juicefs")
-def test_uploads_of_more_than_a_page(store: S3Store, bucket: str, server: Server) -> None:
-    urls = [join_url(bucket, "run", f"{number:04}") for number in range(1003)]  # a page has 1000
+def test_uploads_of_more_than_a_page(store: S3Store, bucket: str, page: int) -> None:
+    urls = [join_url(bucket, "run", f"{number:04}") for number in range(page + 3)]
     with ThreadPoolExecutor(8) as pool:
         ids = dict(zip(urls, pool.map(store.create_upload, urls)))
     found = {upload.url: upload.upload_id for upload in store.list_uploads(join_url(bucket, "run"))}
@@ -215,9 +215,9 @@ def test_uploads_of_more_than_a_page(store: S3Store, bucket: str, server: Server
 
 
 @pytest.mark.soak_on("juicefs")
-def test_parts_of_more_than_a_page(store: S3Store, bucket: str) -> None:
+def test_parts_of_more_than_a_page(store: S3Store, bucket: str, page: int) -> None:
     url = join_url(bucket, "object")
     upload = store.create_upload(url)
     with ThreadPoolExecutor(8) as pool:
-        sent = list(pool.map(lambda number: store.upload_part(url, upload, number, b"x"), range(1, 1004)))
+        sent = list(pool.map(lambda number: store.upload_part(url, upload, number, b"x"), range(1, page + 4)))
     assert list(store.list_parts(url, upload)) == sent

@@ -282,20 +282,20 @@ def test_the_pacer_bounds_and_times_out() -> None:
     pacer, held, release = Pacer(2), threading.Semaphore(0), threading.Event()
 
     def hold() -> None:
-        with pacer.slot(10):
+        with pacer.slot(60):
             held.release()
-            release.wait(10)
+            release.wait(60)
 
     threads = [threading.Thread(target=hold) for _ in range(2)]
     for thread in threads:
         thread.start()
-        held.acquire(timeout=10)
+        held.acquire(timeout=60)
     with pytest.raises(TimeoutError, match="no request slot"), pacer.slot(0.05):
         pass
     release.set()
     for thread in threads:
-        thread.join(10)
-    with pacer.slot(1):
+        thread.join(60)
+    with pacer.slot(60):
         pass
 
 

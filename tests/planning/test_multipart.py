@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,7 +96,12 @@ def shapes(parts: tuple[UploadPart, ...]) -> list[tuple[str, int]]:
 # --- any shard
 
 
-@pytest.mark.parametrize("seed", range(60))
+def seeds(count: int, *, of: int) -> list[Any]:
+    """The first seeds of so many; `make soak` has the others."""
+    return [*range(count), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(count, of))]
+
+
+@pytest.mark.parametrize("seed", seeds(20, of=60))
 def test_any_shard(seed: int) -> None:
     """Runs and single tensors, tiny to 3 GiB, of the same store, of another place, and computed."""
     numbers = random.Random(seed)
@@ -290,9 +296,9 @@ def check_sources(shard: Shard, parts: tuple[UploadPart, ...]) -> None:
 
 def test_as_few_ranges_are_sent_as_it_takes() -> None:
     """9,999 ranges fit, but for what the header takes; each one more costs about one of the shortest."""
-    shares = [copied_share(separate_ranges(count, seed=1)) for count in (9_999, 10_001, 12_000, 100_000)]
+    shares = [copied_share(separate_ranges(count, seed=1)) for count in (9_999, 10_001, 12_000, 40_000)]
     assert shares == sorted(shares, reverse=True)
-    assert shares[0] > 0.9999 and shares[1] > 0.999 and shares[2] > 0.8 and shares[3] > 0.02
+    assert shares[0] > 0.9999 and shares[1] > 0.999 and shares[2] > 0.8 and 0.5 > shares[3] > 0.05
 
 
 def test_the_shortest_ranges_are_sent() -> None:
@@ -317,7 +323,7 @@ def test_longer_parts_are_copied_before_ranges_are_sent() -> None:
     assert {part.nbytes for part in parts if part.copy is not None} == {length}
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(2, of=6))
 def test_any_shard_of_many_ranges(seed: int) -> None:
     """All rules of the store, for ranges of all kinds."""
     numbers, at, tensors = random.Random(seed), 0, []

@@ -1,4 +1,4 @@
-"""Fixtures for tests of merges on Ray: one config of many small shards, and what an undisturbed merge of it gives."""
+"""Fixtures for tests of merges on Ray: one config of many small shards, and what a merge of it in one process gives."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def no_leftovers() -> Iterator[None]:
         if process.poll() is None:
             process.kill()
         process.communicate()
-    wait_until(lambda: not expert_actors(), "the end of all actors")
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        wait_until(lambda: not expert_actors(), "the end of all actors")
 
 
 _started: list[subprocess.Popen[str]] = []
@@ -64,25 +66,24 @@ class Merge:
 
 
 @pytest.fixture(scope="session")
-def many_shards(
-    zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Merge:
-    from tests.pico import merge_config
+def many_shards(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    from tests.pico import merge_config, merge_here
 
     folder = tmp_path_factory.mktemp("many-shards")
     experts = [zoo("llama", seed=seed, dtype="bfloat16") for seed in (1, 2, 3)]
     options = {"noise_scale": 0.01}
     content = merge_config(zoo("llama", dtype="bfloat16"), experts, mode="random", expert_options=options)
     config = write_config(folder / "config.yaml", content)
-    ray_merge(config, folder / "out", OPTIONS)
+    merge_here(config, folder / "out", OPTIONS)
     merge = Merge(config=config, files=hashes(folder / "out"))
     assert len(merge.shards) > 30
     return merge
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def second_node(ray_env: dict[str, str]) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """second_node() is a node with two more CPUs in the session's cluster; started again where a test has killed it."""
+    """second_node() is a node with two more CPUs in the session's cluster till the end of the file; started again where
+    a test has killed it."""
     import ray
 
     nodes: list[subprocess.Popen[bytes]] = []

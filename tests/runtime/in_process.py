@@ -20,7 +20,9 @@ from raymoe.runtime import coordinator, expert_actor, progress, scheduler, verif
 from raymoe.runtime.expert_actor import ExpertWorker
 from raymoe.runtime.scheduler import Outcome
 
-__all__ = ["in_this_process"]
+__all__ = ["in_this_process", "is_in_this_process"]
+
+_blocks: list[None] = []  # one for each block that is open
 
 
 @dataclass(eq=False)
@@ -130,6 +132,11 @@ def _run_here(
     return outcome
 
 
+def is_in_this_process() -> bool:
+    """Whether merges and verifications run here now."""
+    return bool(_blocks)
+
+
 @contextmanager
 def in_this_process() -> Iterator[None]:
     """Merges and verifications in the block run here, whether functions or commands begin them."""
@@ -145,4 +152,8 @@ def in_this_process() -> Iterator[None]:
         patch.setattr(expert_actor, "limit_threads", lambda *_: None)
         patch.setattr(expert_actor, "fetch_object", lambda ref: ref.get())
         patch.setattr(progress, "MergeMetrics", _NoMetrics)
-        yield
+        _blocks.append(None)
+        try:
+            yield
+        finally:
+            _blocks.pop()

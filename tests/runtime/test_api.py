@@ -37,9 +37,9 @@ def test_unknown_names_are_errors() -> None:
         raymoe.marge  # noqa: B018
 
 
-def test_same_as_the_command(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
+def test_same_as_the_command(many_shards: Merge, without_ray: None, tmp_path: Path) -> None:
     """`many_shards` was made by `raymoe.merge`."""
-    done = command("merge", many_shards.config, tmp_path / "out", *FLAGS, env=ray_env)
+    done = command("merge", many_shards.config, tmp_path / "out", *FLAGS)
     assert done.returncode == 0
     assert hashes(tmp_path / "out") == many_shards.files
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.cli.commands import finished_shards, hashes, raymoe, wait_until
-from tests.processes import below, kill
+from tests.processes import kill
 from tests.runtime.conftest import FLAGS, Merge, expert_actors
 
 
@@ -57,27 +57,6 @@ def test_an_actor_that_dies_again_and_again(many_shards: Merge, ray_env: dict[st
     assert hashes(out) == many_shards.files
 
 
-@pytest.mark.soak  # tests/chaos loses one in make test
-def test_a_lost_node(
-    many_shards: Merge,
-    ray_env: dict[str, str],
-    second_node: Callable[[], subprocess.Popen[bytes]],
-    tmp_path: Path,
-) -> None:
-    """Three actors, two CPUs on each of two nodes. One node goes with all its processes, and its actors with it; one of
-    them may find no room any more, and its work is done by the others all the same."""
-    node, out = second_node(), tmp_path / "out"
-    process = many_shards.start(out, ray_env, "--actors", "3")
-    wait_until(lambda: len(finished_shards(out)) > 3, "the fourth shard", [process])
-    assert expert_actors(node.pid)
-    for each in (node, *below(node.pid)):
-        kill(each)
-    node.wait()
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert hashes(out) == many_shards.files
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own, where this user may mount one."""
@@ -99,8 +78,8 @@ def fill(path: Path) -> None:
     assert shutil.disk_usage(path.parent).free == 0
 
 
-def test_disk_full(many_shards: Merge, ray_env: dict[str, str], small_disk: Path) -> None:
-    """Somebody else fills the disk during the merge."""
+def test_disk_full(many_shards: Merge, ray_env: dict[str, str], without_ray: None, small_disk: Path) -> None:
+    """Another program fills the disk during the merge."""
     out = small_disk / "out"
     process = many_shards.start(out, ray_env)
     wait_until(lambda: finished_shards(out), "the first shard", [process])
@@ -111,11 +90,11 @@ def test_disk_full(many_shards: Merge, ray_env: dict[str, str], small_disk: Path
     assert "the disk is full" in said and "make room and run the same command again" in said
     check_unfinished(out, many_shards)
     (small_disk / "filler").unlink()
-    assert raymoe("merge", many_shards.config, out, *FLAGS, env=ray_env).returncode == 0
+    assert raymoe("merge", many_shards.config, out, *FLAGS).returncode == 0
     assert hashes(out) == many_shards.files
 
 
-def test_file_size_limit(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
+def test_file_size_limit(many_shards: Merge, ray_env: dict[str, str], without_ray: None, tmp_path: Path) -> None:
     """A write that fails half-way for a reason that any user can arrange: the process's own limit on file sizes."""
     out = tmp_path / "out"
     process = many_shards.start(out, ray_env)
@@ -126,7 +105,7 @@ def test_file_size_limit(many_shards: Merge, ray_env: dict[str, str], tmp_path: 
     assert "Traceback" not in said
     assert "could not be written: File too large" in said
     check_unfinished(out, many_shards)
-    assert raymoe("merge", many_shards.config, out, *FLAGS, env=ray_env).returncode == 0
+    assert raymoe("merge", many_shards.config, out, *FLAGS).returncode == 0
     assert hashes(out) == many_shards.files
 
 

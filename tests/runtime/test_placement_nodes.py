@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from raymoe.compute import COMPUTE_THREADS
 from raymoe.storage.file_names import RESULT_NAME
 from tests.cli.commands import command, finished_shards, hashes, raymoe, wait_until, write_config
 from tests.object_store.servers import running_server
-from tests.pico import merge_config, merge_without_ray
+from tests.pico import merge_config
 from tests.processes import kill
+from tests.runtime.in_process import in_this_process
 from tests.runtime.nodes import Nodes, can_hide_folders
 
 pytestmark = [pytest.mark.skipif(not can_hide_folders(), reason="needs the right to mount"), pytest.mark.ray]
-ONE_SHARD = ("--no-write-model-card",)
-WIDE = {"hidden_size": 384, "intermediate_size": 1280, "num_hidden_layers": 2, "num_attention_heads": 8}
+WIDE = {"hidden_size": 384, "intermediate_size": 2560, "num_hidden_layers": 2, "num_attention_heads": 8}
+MANY = ("--out-shard-size", "500K", "--no-write-model-card")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,6 @@ class World:
     """A cluster of three nodes, and how to run commands beside its head."""
 
     nodes: Nodes
-    one_node: dict[str, str]  # the environment of a cluster of one
     base: Path
     experts: tuple[Path, Path]
 
@@ -51,9 +53,10 @@ class World:
         return process.returncode, said
 
     def expected(self, config: Path, *flags: str) -> dict[str, Any]:
-        """What a merge gives where everything is on one node."""
+        """What a merge gives in one process, which sees everything."""
         out = self.nodes.folder / f"{config.stem}-expected"
-        done = raymoe("merge", config, out, *flags, "--quiet", env=self.one_node)
+        with in_this_process():
+            done = raymoe("merge", config, out, *flags, "--quiet")
         assert done.returncode == 0, done.stderr
         return files_of(out)
 
@@ -65,7 +68,7 @@ def files_of(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def world(ray_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     from tests.pico import save_model
 
     server = running_server("moto")
@@ -77,7 +80,7 @@ def world(ray_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     with nodes:
         for node in ("head", "a", "b"):
             nodes.add(node, cpus=1)
-        yield World(nodes, ray_env, paths[0], (paths[1], paths[2]))
+        yield World(nodes, paths[0], (paths[1], paths[2]))
 
 
 @pytest.fixture
@@ -96,16 +99,19 @@ def noisy(world: World) -> Path:
 @pytest.fixture(scope="module")
 def many(world: World, noisy: Path) -> dict[str, Any]:
     """The files of the merge with noise in many shards."""
-    return world.expected(noisy, "--out-shard-size", "500K", *ONE_SHARD)
+    return world.expected(noisy, *MANY)
 
 
-MANY = ("--out-shard-size", "500K", *ONE_SHARD)
-
-
-def test_a_folder(world: World, noisy: Path, many: dict[str, Any], out: Path) -> None:
-    code, said = world.end(world.start("merge", noisy, out, *MANY))
+def test_folders_of_three_nodes(world: World, out: Path) -> None:
+    """Experts get noise where they are, the head's actor alone can read prompts, and shards have several pieces."""
+    torch.set_num_threads(COMPUTE_THREADS)  # as actors do
+    config = world.config("hidden.yaml", mode="hidden", expert_options={"noise_scale": 0.01})
+    flags = ("--out-shard-size", "10M", "--no-write-model-card")
+    code, said = world.end(world.start("merge", config, out, *flags))
     assert code == 0, said
-    assert files_of(out) == many
+    found = files_of(out)
+    assert found == world.expected(config, *flags)
+    assert len([name for name in found if name.endswith(".safetensors")]) >= 6
     code, said = world.end(world.start("verify", out))
     assert code == 2 and "the shards of expert 0 (model): no node has all the files that this needs: " in said
 
@@ -124,17 +130,6 @@ def test_a_bucket(world: World, noisy: Path, many: dict[str, Any]) -> None:
     # Everybody reads a bucket, so that each node can compare what it has.
     code, said = world.end(world.start("verify", "s3://placement/out"))
     assert code == 0, said
-
-
-def test_prompts_are_read_where_the_base_is(world: World, out: Path) -> None:
-    """One shard an expert, of several pieces; the head's actor alone can read prompts."""
-    config = world.config("hidden.yaml", mode="hidden")
-    code, said = world.end(world.start("merge", config, out, *ONE_SHARD))
-    assert code == 0, said
-    expected = world.nodes.folder / "hidden-expected"
-    merge_without_ray(merge_config(world.base, list(world.experts), mode="hidden"), expected)
-    weights = [{n: h for n, h in hashes(folder).items() if n.endswith(".safetensors")} for folder in (out, expected)]
-    assert weights[0] == weights[1] and len(weights[0]) == 4
 
 
 @pytest.mark.soak

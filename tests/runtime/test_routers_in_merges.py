@@ -20,6 +20,7 @@ from tests.architectures.pairs import load_merged, moe_blocks
 from tests.cli.commands import finished_shards, hashes, raymoe, start, wait_until, write_config
 from tests.pico import LAYERS, merge_config, merge_without_ray, save_lora
 from tests.runtime.conftest import kill
+from tests.runtime.in_process import in_this_process
 
 Run = Callable[..., Any]
 LINE = re.compile(
@@ -44,10 +45,11 @@ def config_with(zoo: Callable[..., Path], letters: str, mode: str = "ridge", **o
 
 
 @pytest.fixture(scope="module")
-def finished(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, ray_env: dict[str, str]) -> Path:
+def finished(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("routers")
     config = write_config(folder / "config.yaml", config_with(zoo, "qwz"))
-    done = raymoe("merge", config, folder / "out", "--actors", "2", env=ray_env)
+    with in_this_process():
+        done = raymoe("merge", config, folder / "out")
     assert done.returncode == 0, done.stderr
     (folder / "said").write_text(done.stderr)
     return folder
@@ -89,21 +91,22 @@ def test_the_merged_model_routes_prompts_to_their_experts(finished: Path) -> Non
         seen.clear()
 
 
-def test_verify_makes_the_routers_anew(finished: Path, ray_env: dict[str, str]) -> None:
-    done = raymoe("verify", finished / "out", "--actors", "1", env=ray_env)
+def test_verify_makes_the_routers_anew(finished: Path, without_ray: None) -> None:
+    done = raymoe("verify", finished / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"verified: \d+ tensors equal", done.stdout + done.stderr)
 
 
 def test_a_merge_killed_while_prompts_are_read_goes_on(
-    finished: Path, zoo: Callable[..., Path], ray_env: dict[str, str], tmp_path: Path
+    finished: Path, ray_env: dict[str, str], without_ray: None, tmp_path: Path
 ) -> None:
+    """The command is killed on a cluster; what is left is done in this process."""
     config, out = finished / "config.yaml", tmp_path / "out"
     process = start("merge", config, out, "--actors", "1", env=ray_env)
     wait_until(lambda: finished_shards(out), "the first shard", [process])
     kill(process)
     process.communicate()
-    done = raymoe("merge", config, out, "--actors", "1", env=ray_env)
+    done = raymoe("merge", config, out)
     assert done.returncode == 0, done.stderr
     assert LINE.search(done.stderr)
     assert hashes(out) == hashes(finished / "out")
@@ -180,11 +183,11 @@ def test_a_lora_a_gated_shared_expert_and_negative_prompts(
 
 
 def test_a_merged_backbone_is_written_said_and_verified(
-    zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path
+    zoo: Callable[..., Path], merge_in_process: Run, tmp_path: Path
 ) -> None:
-    """By two actors, with routers that see it: the weights are those of a merge in one process."""
+    """With routers that see it: the weights are those of the plan's parts. test_determinism.py has one on Ray."""
     config = {**config_with(zoo, "qw"), "backbone": {"method": "ties", "density": 0.4}}
-    result = ray_merge(config, tmp_path / "out", actors=2)
+    result = merge_in_process(config, tmp_path / "out")
     (line,) = result.backbone_lines
     assert line.startswith("Backbone: Attention, norms and embeddings are merged by TIES from 2 experts.")
     plan = merge_without_ray(config, tmp_path / "here")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raymoe.runtime.start_errors import start_problem
+from raymoe.errors import ProblemReport
+from raymoe.runtime.start_errors import reject_job_server, start_problem
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,29 @@ def test_other_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     problem = start_problem(ConnectionError(), "head:6379")
     assert problem.what == "no cluster could be reached: ConnectionError"
     assert "check --address and RAY_ADDRESS" in problem.remedy
+
+
+@pytest.mark.parametrize("how", ["--address", "RAY_ADDRESS"])
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("http://127.0.0.1:8265", "127.0.0.1"),
+        ("https://user:pw@head.example/ray", "head.example"),
+        ("HTTP://[::1", "HEAD"),
+    ],
+)
+def test_the_address_of_a_job_server(monkeypatch: pytest.MonkeyPatch, how: str, address: str, host: str) -> None:
+    """What `raymoe submit` takes. Ray would take http for a host's name."""
+    monkeypatch.setenv("RAY_ADDRESS", address if how == "RAY_ADDRESS" else "")
+    with pytest.raises(ProblemReport) as refused:
+        reject_job_server(address)
+    said = str(refused.value)
+    assert said.startswith(f"{how}: this is the address of a cluster's job server")
+    assert f"with `raymoe submit`, or name the cluster itself: {host}:6379 or ray://{host}:10001" in said
+    assert ("without RAY_ADDRESS Ray is started on this machine" in said) == (how == "RAY_ADDRESS")
+    assert "pw" not in said
+
+
+@pytest.mark.parametrize("address", ["", "auto", "local", "127.0.0.1:6379", "ray://head:10001", "head.example:6379"])
+def test_other_addresses_are_ray_s(address: str) -> None:
+    reject_job_server(address)

@@ -16,10 +16,12 @@ from tests.cli.commands import finished_shards, hashes, start, wait_until
 from tests.processes import mentioning
 from tests.runtime.conftest import OPTIONS, Merge, expert_actors
 
+Run = Callable[..., Any]
+
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_mid_merge(
-    many_shards: Merge, ray_env: dict[str, str], ray_merge: Callable[..., Any], tmp_path: Path, sent: signal.Signals
+    many_shards: Merge, ray_env: dict[str, str], merge_in_process: Run, tmp_path: Path, sent: signal.Signals
 ) -> None:
     import ray
 
@@ -39,12 +41,14 @@ def test_stopped_in_mid_merge(
     for name in left:
         assert hashes(out)[name] == many_shards.files[name]
     assert not (out / ".raymoe/parts").exists()
-    result = ray_merge(many_shards.config, out, OPTIONS)
+    result = merge_in_process(many_shards.config, out, OPTIONS)
     assert result.bytes_kept > 0
     assert hashes(out) == many_shards.files
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+# Of the two, Ray has a handler of its own for SIGTERM while it starts.
+@pytest.mark.processes
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.soak), signal.SIGTERM])
 def test_stopped_while_ray_starts(many_shards: Merge, tmp_path: Path, sent: signal.Signals) -> None:
     """No cluster: the command starts its own, and is stopped at that. Nothing of Ray stays behind."""
     # A short path, for sockets.

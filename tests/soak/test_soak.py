@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
+import runpy
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from tests.soak.cases import DIRECTIONS, TAKEOVER_DIRECTIONS, VARIANTS, make_cas
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("moto", "juicefs")
-SEED, CHOSEN = 25, (4,)
+SEED, CHOSEN = 25, (19,)
 
 
 def test_cases_depend_on_the_seed_alone_and_see_everything() -> None:
@@ -47,14 +49,30 @@ def test_the_other_plan_has_the_same_shards() -> None:
         assert all(mine != others for mine, others in zip(variant.experts, other.experts, strict=True))
 
 
+@pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """soak(*words) runs the script in this process, which has imported what makes models, and returns its status."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["soak_storage.py", *words])
+        status: int = runpy.run_path(str(ROOT / "scripts/soak_storage.py"))["main"]()
+        return status
+
+    yield run
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
 @pytest.mark.processes
-def test_every_merge_of_a_short_soak_ends_right(tmp_path: Path) -> None:
-    words = [sys.executable, "scripts/soak_storage.py", "--merges", "24", "--example-merges", "0", "--seed", str(SEED)]
+def test_every_merge_of_a_short_soak_ends_right(
+    soak: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--merges", "24", "--example-merges", "0", "--seed", str(SEED), "--jobs", "1"]
     words += [word for number in CHOSEN for word in ("--only", str(number))]
-    words += ["--logs", str(tmp_path), "--json", str(tmp_path / "counts.json"), "--jobs", "2"]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    status = soak(*words, "--logs", str(tmp_path), "--json", str(tmp_path / "counts.json"))
     logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
-    assert run.returncode == 0, run.stdout + run.stderr[-2000:] + logs
+    assert status == 0, capsys.readouterr().out + logs
     counts = json.loads((tmp_path / "counts.json").read_text())["counts"]["all"]
     assert counts["merges"] == len(CHOSEN)
     assert counts["identical"] + counts["clean error"] == len(CHOSEN)

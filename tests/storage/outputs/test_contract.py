@@ -134,6 +134,7 @@ def break_off(output: Output, shard: Shard, readable: int) -> None:
 # --- the files
 
 
+@pytest.mark.soak_on("moto")  # in short: test_s3.py, test_bytes_are_those_of_a_folder
 def test_bytes_and_records(plan: MergePlan, place: Place, tmp_path: Path) -> None:
     """The same bytes everywhere, and no journal is left."""
     records, written = finish(plan, started(place, plan))
@@ -156,6 +157,8 @@ def test_a_shard_is_not_visible_before_it_is_complete(plan: MergePlan, place: Pl
     output.release()
 
 
+@pytest.mark.soak_on("moto-0")
+@pytest.mark.soak_on("moto-60000")
 @pytest.mark.parametrize("readable", [0, 30_000, 60_000])
 def test_a_source_that_breaks_off_leaves_nothing(plan: MergePlan, place: Place, tmp_path: Path, readable: int) -> None:
     output, shard = started(place, plan), large_shard(plan)
@@ -183,6 +186,7 @@ def test_index_last_and_then_the_record(plan: MergePlan, place: Place) -> None:
     output.release()
 
 
+@pytest.mark.soak_on("moto-before the index")
 @pytest.mark.parametrize("is_late", [False, True], ids=["before the index", "before the record"])
 def test_a_shard_that_is_gone_ends_the_merge(plan: MergePlan, place: Place, is_late: bool) -> None:
     output, index, gone = started(place, plan), json.dumps(plan.index).encode(), plan.shards[1].file_name
@@ -230,6 +234,7 @@ def test_the_digest_is_found_again(plan: MergePlan, place: Place) -> None:
     assert problems(place, None) == [], "the plan's own problems are enough"
 
 
+@pytest.mark.soak_on("moto")  # in short: test_s3.py, test_finished_shards_are_kept_unless_they_were_replaced
 def test_finished_shards_are_kept_unless_they_changed(plan: MergePlan, place: Place, tmp_path: Path) -> None:
     """By their content, also where size and name are right."""
     dead = started(place, plan)
@@ -339,6 +344,7 @@ def test_overwriting_removes_a_checkpoint_and_nothing_else(plan: MergePlan, plac
     output.release()
 
 
+@pytest.mark.soak_on("moto")
 def test_overwriting_keeps_a_config_that_the_record_does_not_name(
     plan: MergePlan, place: Place, tmp_path: Path
 ) -> None:

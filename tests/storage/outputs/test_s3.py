@@ -476,7 +476,7 @@ def test_an_upload_that_somebody_aborted_is_begun_again(plan: MergePlan, place: 
     assert place.visible() == [shard.file_name] and place.all_uploads(plan) == set()
 
 
-@pytest.mark.parametrize("checksum", [None, "sha256"])
+@pytest.mark.parametrize("checksum", [None, pytest.param("sha256", marks=pytest.mark.soak)])
 def test_finished_shards_are_kept_unless_they_were_replaced(
     plan: MergePlan, place: Place, proxy: FaultProxy, out: str, checksum: str | None
 ) -> None:
@@ -657,6 +657,7 @@ def test_what_the_store_copies_is_looked_at_where_a_merge_is_strict(
         target.release()
 
 
+@pytest.mark.soak_on("moto-linear")
 @pytest.mark.parametrize("backbone", ["linear", {"method": "ties", "density": 0.2, "include": ["attention"]}], ids=str)
 def test_a_merged_backbone_is_computed_and_the_rest_is_copied(
     sources: list[str], place: Place, out: str, tmp_path: Path, backbone: Any

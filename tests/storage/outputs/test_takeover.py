@@ -55,6 +55,9 @@ from tests.storage.outputs.places import (
 
 PLAN = MergeOptions(max_shard_bytes=1 << 30, model_card=False)
 SOAKED = [pytest.param(kind, marks=[pytest.mark.s3, pytest.mark.soak]) for kind in STARTERS if kind != "moto"]
+# moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline. The
+# older run may fail for any reason, so that a slow answer does no harm.
+TAKEN_OVER = StorageOptions(deadline_s=3)
 
 
 # --- two merges of one shape, and places to write them to
@@ -181,6 +184,7 @@ class Waiting(SourceReader):
 
 
 @pytest.mark.soak_on("moto-ends well")
+@pytest.mark.soak_on("moto-fails-the same plan")
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
 @pytest.mark.parametrize("fails", [True, False], ids=["fails", "ends well"])
 def test_late_actor(
@@ -246,6 +250,7 @@ def test_same_plan_from_other_sources(place: Place, plans: tuple[MergePlan, Merg
     check_is_alone(place, plan, tmp_path)
 
 
+@pytest.mark.soak_on("moto-the same plan")
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan from other sources"])
 def test_note_that_comes_late_is_not_accepted(
     place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
@@ -452,6 +457,7 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
 
 @pytest.mark.soak_on("moto-smaller shards")
 @pytest.mark.soak_on("moto-the same plan")
+@pytest.mark.soak_on("moto-another plan-done")
 @pytest.mark.parametrize("until", ["done", "shards"])
 @pytest.mark.parametrize("other", ["another plan", "smaller shards", "the same plan"])
 def test_a_run_that_begins_late(
@@ -547,6 +553,8 @@ def test_index_of_another_plan_names_the_remedy(store_place: Place, plans: tuple
 
 
 @pytest.mark.soak_on("moto-before the index")
+@pytest.mark.soak_on("moto-before the record-chat_templates/old.jinja")
+@pytest.mark.soak_on("moto-before the record-vocab.json")
 @pytest.mark.parametrize("name", ["chat_templates/old.jinja", "model-00001-of-00009.safetensors", "vocab.json"])
 @pytest.mark.parametrize("is_late", [False, True], ids=["before the index", "before the record"])
 def test_a_file_of_another_model_ends_the_merge(
