@@ -170,3 +170,20 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def mixture(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """mixture(pair) is the merge of three models that differ, with random routers, made once. Read-only."""
+    from tests.architectures.pairs import make_mixture
+
+    root = tmp_path_factory.mktemp("mixtures")
+    made: dict[str, Any] = {}
+
+    def merge(pair: Any) -> Any:
+        name = f"{pair} {sorted(pair.options.items())}"
+        if name not in made:
+            made[name] = make_mixture(pair, zoo, root / str(len(made)))
+        return made[name]
+
+    return merge
