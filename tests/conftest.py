@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.object_store.servers import STARTERS, environment
-from tests.tiers import MARKS, mark_tiers, nothing_outside, servers_of
+from tests.tiers import MARKS, has_unit_tests, mark_tiers, nothing_outside, servers_of
 
 # A test run in the background of a shell inherits that Ctrl-C is ignored, and so would the commands that are tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "soak_on(text)": "its cases with that text in their name are long",
     }.items():
         config.addinivalue_line("markers", f"{name}: {says}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make check` does not import files of other tiers, and with them inference engines and servers."""
+    is_file = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    return True if config.option.markexpr == "unit" and is_file and not has_unit_tests(collection_path) else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
