@@ -21,23 +21,25 @@ from tests.pico import LAYERS, token_ids
 
 pytestmark = pytest.mark.engines
 
-NEW, EXPERTS = 12, 3
+NEW, EXPERTS = 6, 3
+# Layers are read again for each token in the same way whatever the family is.
+STREAMED = [pair for number, pair in enumerate(PAIRS) if pair.host not in {before.host for before in PAIRS[:number]}]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_tokens_are_those_of_transformers(pair: Pair, mixture: Callable[..., Mixture]) -> None:
-    """Greedily, resident and streamed. The experts of each token are the same both ways."""
+    """Greedily, resident and, for each architecture, streamed. The experts of each token are the same both ways."""
     pair.skip_where_unknown()
     folder = mixture(pair).folder
     ids = token_ids(20)
     expected = _greedy_tokens(load_merged(folder), ids)
     routings = []
-    for resident in (True, False):
+    for resident in (True, False) if pair in STREAMED else (True,):
         tokens, routing = _generated(folder, ids[0].tolist(), resident=resident)
         assert tokens == expected
         routings.append(routing)
-    (first, weight), streamed = (routing.shares(0) for routing in routings)
-    assert (first, weight) == streamed
+    first, weight = routings[0].shares(0)
+    assert all(routing.shares(0) == (first, weight) for routing in routings)
     assert np.isclose(sum(first), 1) and np.isclose(sum(weight), 1)
     assert len(routings[0].shares_per_token(0)) == 20 + NEW - 1
 
