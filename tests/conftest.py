@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.object_store.servers import STARTERS, environment
-from tests.tiers import MARKS, mark_tiers, nothing_outside, servers_of
+from tests.tiers import MARKS, has_unit_tests, mark_tiers, nothing_outside, servers_of
 
 # A test run in the background of a shell inherits that Ctrl-C is ignored, and so would the commands that are tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "soak_on(text)": "its cases with that text in their name are long",
     }.items():
         config.addinivalue_line("markers", f"{name}: {says}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make check` does not import files of other tiers, and with them inference engines and servers."""
+    is_file = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    return True if config.option.markexpr == "unit" and is_file and not has_unit_tests(collection_path) else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -181,3 +187,20 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def mixture(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """mixture(pair) is the merge of three models that differ, with random routers, made once. Read-only."""
+    from tests.architectures.pairs import make_mixture
+
+    root = tmp_path_factory.mktemp("mixtures")
+    made: dict[str, Any] = {}
+
+    def merge(pair: Any) -> Any:
+        name = f"{pair} {sorted(pair.options.items())}"
+        if name not in made:
+            made[name] = make_mixture(pair, zoo, root / str(len(made)))
+        return made[name]
+
+    return merge

@@ -16,13 +16,15 @@ of `make soak`. With the mark `soak_on("moto")`, its cases with that in their na
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-__all__ = ["MARKS", "mark_tiers", "nothing_outside", "servers_of"]
+__all__ = ["MARKS", "has_unit_tests", "mark_tiers", "nothing_outside", "servers_of"]
 
 MARKS: Mapping[str, str] = {
     "ray": "needs a Ray cluster",
@@ -33,6 +35,9 @@ MARKS: Mapping[str, str] = {
 }
 _BY_FIXTURE: Mapping[str, str] = {"local_ray": "ray", "server": "s3", "hub": "s3"}
 _OUTSIDE = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "socket.bind"})
+
+# The statement, to the next line that begins another.
+_PYTESTMARK = re.compile(r"^pytestmark = .*?(?=^[^\s\])])", re.MULTILINE | re.DOTALL)
 
 _running: list[str] = []  # the unit test that is running, if one is
 _is_watched = False
@@ -54,6 +59,12 @@ def mark_tiers(items: list[pytest.Item]) -> None:
         rank = min(tiers.index(mark.name) for mark in item.iter_markers() if mark.name in tiers)
         ranks[item.nodeid.partition("::")[0]] = min(rank, ranks.get(item.nodeid.partition("::")[0], len(tiers)))
     items.sort(key=lambda item: ranks[item.nodeid.partition("::")[0]])
+
+
+def has_unit_tests(path: Path) -> bool:
+    """Whether a file of tests may have one: not where `pytestmark` gives all of its tests another tier."""
+    found = _PYTESTMARK.search(path.read_text(encoding="utf-8"))
+    return found is None or not any(f"mark.{name}" in found.group() for name in MARKS)
 
 
 def servers_of(metafunc: pytest.Metafunc, servers: tuple[str, ...]) -> list[Any]:

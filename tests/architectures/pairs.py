@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from packaging.version import Version
 
 from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES, DenseFamily, find_moe_architecture
 from tests.architectures.deepseek_reference import load_deepseek
-from tests.pico import MODES, load_dense, merge_config
+from tests.pico import MODES, load_dense, merge_config, merge_without_ray
 
 WINDOW = 12
 # Of logits, on weights of float32.
@@ -195,9 +196,20 @@ def load_grafted(
     gates: Sequence[torch.Tensor | float] | None = None,
 ) -> Any:
     """The base with an expert's FFN, and optionally shared experts' with it, whose factor is `gates[layer]` or 1."""
-    model, donor = load_dense(base), load_dense(expert)
-    folders = [shared] if isinstance(shared, Path) else shared or []
-    sharers = [load_dense(folder) for folder in folders]
+    model = load_dense(base)
+    graft(model, expert, shared, gates)
+    return model
+
+
+def graft(
+    model: Any,
+    expert: Path,
+    shared: Path | Sequence[Path] | None = None,
+    gates: Sequence[torch.Tensor | float] | None = None,
+) -> None:
+    """Give a loaded base the FFNs that `load_grafted` gives it, in place of those that it has."""
+    donor, folders = _load_donor(expert), [shared] if isinstance(shared, Path) else shared or []
+    sharers = [_load_donor(folder) for folder in folders]
     name = FAMILIES[model.config.model_type].ffn
     for number, layer in enumerate(model.model.layers):
         ffn = getattr(donor.model.layers[number], name)
@@ -205,7 +217,37 @@ def load_grafted(
             gate = gates[number] if gates is not None else 1.0
             ffn = _FeedForward(ffn, [getattr(sharer.model.layers[number], name) for sharer in sharers], gate)
         setattr(layer, name, ffn)
-    return model
+
+
+@functools.lru_cache(maxsize=8)
+def _load_donor(folder: Path) -> Any:
+    """A dense model whose FFNs are lent, and stay as they are."""
+    return load_dense(folder)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A merge of models that differ, and what it was made of. Read-only where several tests use it."""
+
+    pair: Pair
+    folder: Path
+    base: Path
+    experts: list[Path]
+    shared: Path
+    config: dict[str, Any]
+
+    @property
+    def shared_or_none(self) -> Path | None:
+        return self.shared if self.pair.shared else None
+
+
+def make_mixture(pair: Pair, zoo: Callable[..., Path], folder: Path, mode: str = "random") -> Mixture:
+    """A merge of three experts in a base of its own, two per token."""
+    base, *experts = (zoo(pair.family, seed=seed, **pair.options) for seed in range(4))
+    shared = zoo(pair.family, seed=4, **pair.options)
+    config = pair.config(base, experts, shared, mode=mode, experts_per_token=2)
+    merge_without_ray(config, folder)
+    return Mixture(pair, folder, base, experts, shared, config)
 
 
 def moe_blocks(merged: Any) -> list[Any]:

@@ -270,13 +270,24 @@ def test_the_feature_makes_a_difference(name: str, zoo: Callable[..., Path], tmp
     assert (logits_of(load_dense(plain), ids) - logits_of(load_dense(dense), ids)).abs().max() > 1e-3
 
 
-# Phi-3 has LongRoPE only, Gemma 4 one RoPE per kind of layer, and DeepSeek-MoE's code refuses two of these; see HELD
-# and test_refusals.py.
+def scalings_of(pair: Pair) -> list[dict[str, Any]]:
+    """Phi-3 has LongRoPE only, Gemma 4 one RoPE per kind of layer, and DeepSeek-MoE's code refuses two of these; see
+    HELD and test_refusals.py."""
+    if pair.family in ("phi3", "gemma4_text"):
+        return []
+    return [LINEAR] if pair.host == "deepseek" else [LINEAR, YARN, LLAMA3]
+
+
+UNSHARED = [pair for pair in PAIRS if not pair.shared]
+FIRST_OF_HOST = list({pair.host: pair for pair in reversed(UNSHARED)}.values())
+# Every scaling in the first pair of each architecture, whose code computes it, and one in each other pair. The config
+# that an architecture gets of a scaling does not depend on the family.
 SCALED = [
-    (pair, scaling)
-    for pair in PAIRS
-    for scaling in (LINEAR, YARN, LLAMA3)
-    if not pair.shared and pair.family not in ("phi3", "gemma4_text") and (pair.host != "deepseek" or scaling is LINEAR)
+    pytest.param(
+        *(pair, scaling), marks=[] if pair in FIRST_OF_HOST or scaling is scalings_of(pair)[-1] else pytest.mark.soak
+    )
+    for pair in UNSHARED
+    for scaling in scalings_of(pair)
 ]
 
 

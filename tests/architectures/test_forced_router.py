@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, Pair, force_router, load_grafted, load_merged, moe_blocks
-from tests.pico import logits_of, merge_without_ray, tensors_of, token_ids
+from tests.architectures.pairs import (
+    MAX_DIFFERENCE,
+    PAIRS,
+    Mixture,
+    Pair,
+    force_router,
+    graft,
+    load_merged,
+    moe_blocks,
+)
+from tests.pico import load_dense, logits_of, tensors_of, token_ids
 
 pytestmark = pytest.mark.engines
 
@@ -20,49 +27,31 @@ GRANITE_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Merged:
-    pair: Pair
-    folder: Path
-    base: Path
-    experts: list[Path]
-    shared: Path
-
-
-@pytest.fixture(scope="module", params=PAIRS, ids=str)
-def merged(
-    request: pytest.FixtureRequest, zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Merged:
-    pair: Pair = request.param
-    base, *experts = (zoo(pair.family, seed=seed, **pair.options) for seed in range(4))
-    shared = zoo(pair.family, seed=4, **pair.options)
-    folder = tmp_path_factory.mktemp("forced") / "merged"
-    merge_without_ray(pair.config(base, experts, shared, mode="random"), folder)
-    return Merged(pair, folder, base, experts, shared)
-
-
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_each_expert_alone_is_the_base_with_its_ffn(
-    merged: Merged, record_property: Callable[[str, object], None]
+    pair: Pair, mixture: Callable[..., Mixture], record_property: Callable[[str, object], None]
 ) -> None:
-    model, ids = load_merged(merged.folder), token_ids(12, rows=2)
+    merged = mixture(pair)
+    model, reference, ids = load_merged(merged.folder), load_dense(merged.base), token_ids(12, rows=2)
     gates = None
-    if merged.pair.gates_shared:
+    if pair.gates_shared:
         gates = [block.shared_expert_gate.weight.detach() for block in moe_blocks(model)]
     results, worst = [], 0.0
     for number, expert in enumerate(merged.experts):
-        reference = load_grafted(merged.base, expert, merged.shared if merged.pair.shared else None, gates)
+        graft(reference, expert, merged.shared_or_none, gates)
         force_router(model, reference, ids, number)
         expected = logits_of(reference, ids)
         worst = max(worst, (logits_of(model, ids) - expected).abs().max().item())
         assert worst < MAX_DIFFERENCE
         results.append(expected)
     assert (results[0] - results[1]).abs().max() > 0.1, "experts that agree prove nothing"
-    record_property("pair", str(merged.pair))  # for the table in docs/families.md
+    record_property("pair", str(pair))  # for the table in docs/families.md
     record_property("difference", worst)
 
 
-def test_tensors_have_the_names_of_the_hub_layout(merged: Merged) -> None:
-    names = set(tensors_of(merged.folder))
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_tensors_have_the_names_of_the_hub_layout(pair: Pair, mixture: Callable[..., Mixture]) -> None:
+    names = set(tensors_of(mixture(pair).folder))
     layer = "model.layers.0."
     expected = {
         "mixtral": {
@@ -128,10 +117,10 @@ def test_tensors_have_the_names_of_the_hub_layout(merged: Merged) -> None:
             "layer_scalar",
         },
         "lfm2_moe": {"feed_forward.gate.weight", "feed_forward.experts.2.w1.weight", "conv.conv.weight"},
-    }[merged.pair.host]
-    if "mamba" in merged.pair.options.get("layer_types", ()):
+    }[pair.host]
+    if "mamba" in pair.options.get("layer_types", ()):
         expected = expected | {"mamba.in_proj.weight", "mamba.A_log"}
-    if merged.pair.shared and merged.pair.host in ("deepseek", "ernie4_5_moe", "cohere2_moe"):
+    if pair.shared and pair.host in ("deepseek", "ernie4_5_moe", "cohere2_moe"):
         expected = expected | {"mlp.shared_experts.up_proj.weight"}
     assert {layer + name for name in expected} <= names
     assert not any("experts.3." in name or name.startswith("model.layers.3.") for name in names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ import torch
 from raymoe.architectures import FAMILIES
 from raymoe.errors import ProblemReport
 from raymoe.routers.tokenize import batches
-from tests.pico import load_dense
-from tests.routers.test_decoder_router_inputs import readable, streamed
+from tests.routers.test_decoder_router_inputs import hooked, readable, streamed
 from tests.routers.test_streamed_decoder import prompts_of
 
 pytestmark = pytest.mark.engines
@@ -27,17 +26,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, part": ("phi3", {"partial_rotary_factor": 0.5}),
     "youtu, one q": ("youtu", {"q_lora_rank": None}),
 }
-
-
-def hooked(folder: Path, text: Sequence[int]) -> torch.Tensor:
-    """(layers, tokens, hidden): what the FFNs of the resident model get."""
-    model, seen = load_dense(folder), []
-    for layer in model.model.layers:
-        ffn = getattr(layer, FAMILIES[model.config.model_type].ffn)
-        ffn.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].clone()))
-    with torch.inference_mode():
-        model(torch.tensor([text]), use_cache=False)
-    return torch.stack(seen)
 
 
 def test_a_family_that_transformers_does_not_have_is_named(
@@ -63,7 +51,6 @@ def test_router_inputs_are_what_the_ffns_get(name: str, zoo: Callable[..., Path]
     family, options = OTHERS[name]
     folder, texts = zoo(family, **options), prompts_of(LENGTHS)
     found = streamed(readable(folder, last_ffn=True), list(batches(texts)))
-    for text in texts:
-        expected = hooked(folder, text)
+    for text, expected in zip(texts, hooked(folder, texts), strict=True):
         assert expected[-1].std() > 0.1
         torch.testing.assert_close(found[tuple(text)], expected, rtol=1e-4, atol=2e-5)

@@ -25,7 +25,6 @@ from raymoe.routers.tokenize import batches
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.architectures.pairs import MAX_DIFFERENCE, force_router, load_grafted, load_merged
-from tests.architectures.test_gate_states import hooked
 from tests.evaluation.streamed import assert_close, open_mixture, resident, streamed, texts_of
 from tests.pico import (
     VOCAB,
@@ -40,7 +39,7 @@ from tests.pico import (
     tensors_of,
     token_ids,
 )
-from tests.routers.test_decoder_router_inputs import readable
+from tests.routers.test_decoder_router_inputs import hooked, readable
 from tests.routers.test_decoder_router_inputs import streamed as streamed_states
 from tests.routers.test_streamed_decoder import prompts_of
 
@@ -146,9 +145,9 @@ def test_e2b_experts_alone_are_the_base_with_their_ffns(zoo: Callable[..., Path]
 def test_e2b_routers_see_what_ffns_get(zoo: Callable[..., Path]) -> None:
     folder, texts = zoo(FAMILY, **E2B), prompts_of((3, 30, 17, 8))
     found = streamed_states(readable(folder, last_ffn=True), list(batches(texts)))
-    for text in texts:
-        expected = hooked(folder, text)[: len(found[tuple(text)])]
-        torch.testing.assert_close(found[tuple(text)], expected, rtol=1e-4, atol=2e-5)
+    for text, expected in zip(texts, hooked(folder, texts), strict=True):
+        there = found[tuple(text)]
+        torch.testing.assert_close(there, expected[: len(there)], rtol=1e-4, atol=2e-5)
 
 
 def test_e2b_adapters_read_prompts_as_the_models_that_they_make(zoo: Callable[..., Path], tmp_path: Path) -> None:

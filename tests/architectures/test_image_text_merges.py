@@ -38,10 +38,10 @@ WRAPPERS = {"qwen3_5": ("Qwen3_5MoeFor", "qwen3_5_text"), "gemma4": ("Gemma4For"
 PROCESSOR = {"preprocessor_config.json": {"patch_size": 8}, "processor_config.json": {"processor_class": "P"}}
 
 
-@pytest.fixture(params=list(WRAPPERS))
-def wrapped(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", params=list(WRAPPERS))
+def wrapped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As published: with processor files and, in Qwen3.5, layers of multi-token prediction."""
-    return save_published(tmp_path / "wrapped", request.param)
+    return save_published(tmp_path_factory.mktemp("wrapped") / "model", request.param)
 
 
 def save_published(folder: Path, wrapper: str, **text_options: Any) -> Path:

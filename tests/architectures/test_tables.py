@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -78,9 +78,10 @@ def _compared(tree: ast.AST) -> set[str]:
     return found
 
 
-def _modules() -> Iterator[tuple[str, ast.AST]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text())
+@functools.cache
+def _modules() -> list[tuple[str, ast.AST]]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [(path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text())) for path in paths]
 
 
 def test_nothing_is_compared_with_the_name_of_a_model() -> None:

@@ -13,8 +13,6 @@ import pytest
 from tests.cli.commands import raymoe
 from tests.pico import merge_config, merge_here
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-EXAMPLE_BASE = REPOSITORY / "models/SmolLM2-135M-Instruct"
 Cli = Callable[..., Any]
 
 
@@ -151,28 +149,3 @@ def test_dense_models_have_no_experts(merged: Path, cli: Cli) -> None:
     assert answer.code == 2 and answer.out == ""
     for part in ("experts: ", "is no merge", "--against oracle,x=y: the name has other", "--label: has no effect"):
         assert part in answer.err
-
-
-@pytest.mark.skipif(not EXAMPLE_BASE.is_dir(), reason="needs scripts/fetch_example_base.py")
-@pytest.mark.engines
-def test_the_example_experts_are_told_apart(tmp_path: Path) -> None:
-    """The merge of the example predicts each kind of text better than the base, and the right expert better still."""
-    import yaml
-
-    import raymoe as package
-
-    config = yaml.safe_load((REPOSITORY / "configs/example.yaml").read_text())
-    config["base_model"] = str(EXAMPLE_BASE)
-    for expert in config["experts"]:
-        adapter = REPOSITORY / expert["source_model"].partition("+")[2]
-        expert["source_model"] = f"{EXAMPLE_BASE}+{adapter}"
-        expert["positive_prompts"] = expert["positive_prompts"][:4]
-    merge_here(config, tmp_path / "out")
-    asked: dict[str, Any] = {"against": ("base", "oracle"), "limit": 1, "max_tokens": 96, "device": "cpu"}
-    result = package.evaluate(tmp_path / "out", REPOSITORY / "examples/heldout.jsonl", **asked)
-    assert result["experts"] == ["go", "metamath", "spanish", "dictionary"]
-    loss = {name: result["loss"][name] for name in ("base", "merged", "oracle")}
-    for label in result["experts"]:
-        assert loss["oracle"][label] < loss["base"][label]
-    assert loss["oracle"]["mean"] < loss["merged"]["mean"] < loss["base"]["mean"]
-    assert result["routing"]["first_accuracy_mean"] > 0.4

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.errors import ProblemReport
 from raymoe.report.inspect import inspect_checkpoint
-from tests.architectures.pairs import PAIRS, Pair, load_merged
+from tests.architectures.pairs import PAIRS, Mixture, Pair, load_merged
 from tests.evaluation.streamed import open_mixture, streamed, texts_of
-from tests.pico import merge_without_ray, tensors_of
+from tests.pico import copy_model, tensors_of
 
 pytestmark = pytest.mark.engines
 
@@ -25,16 +25,10 @@ HOST_PAIRS = [next(p for p in PAIRS if p.host == host) for host in MOE_ARCHITECT
 HOST_PAIRS.append(next(p for p in PAIRS if p.family == "glm"))
 
 
-def merged(pair: Pair, zoo: Callable[..., Path], folder: Path) -> Path:
-    dense = [zoo(pair.family, seed=seed, **pair.options) for seed in (0, 1, 2, 3)]
-    merge_without_ray(pair.config(dense[0], dense[1:], dense[0], mode="random"), folder)
-    return folder
-
-
 @pytest.mark.parametrize("pair", HOST_PAIRS, ids=str)
-def test_it_is_read_as_before(pair: Pair, zoo: Callable[..., Path], tmp_path: Path) -> None:
+def test_it_is_read_as_before(pair: Pair, mixture: Callable[..., Mixture], tmp_path: Path) -> None:
     pair.skip_where_unknown()
-    first, again = merged(pair, zoo, tmp_path / "first"), tmp_path / "again"
+    first, again = mixture(pair).folder, tmp_path / "again"
     load_merged(first).save_pretrained(again)
     models = [open_mixture(first), open_mixture(again)]
     assert models[0].rule == models[1].rule
@@ -43,10 +37,10 @@ def test_it_is_read_as_before(pair: Pair, zoo: Callable[..., Path], tmp_path: Pa
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_fused_experts_are_named(zoo: Callable[..., Path], tmp_path: Path) -> None:
+def test_fused_experts_are_named(mixture: Callable[..., Mixture], tmp_path: Path) -> None:
     """What transformers 5 writes when it is told not to go back to the Hub's names."""
     pair = next(p for p in PAIRS if p.host == "qwen3_moe")
-    model = load_merged(merged(pair, zoo, tmp_path / "first"))
+    model = load_merged(mixture(pair).folder)
     model.save_pretrained(tmp_path / "again", save_original_format=False)
     if "mlp.experts.gate_up_proj" not in " ".join(model.state_dict()):
         pytest.skip("transformers 4 has a module for each expert")
@@ -57,11 +51,11 @@ def test_fused_experts_are_named(zoo: Callable[..., Path], tmp_path: Path) -> No
         open_mixture(tmp_path / "again")
 
 
-def test_qwen3_5_as_older_versions_wrote_it_is_read(zoo: Callable[..., Path], tmp_path: Path) -> None:
+def test_qwen3_5_as_older_versions_wrote_it_is_read(mixture: Callable[..., Mixture], tmp_path: Path) -> None:
     """A config.json of the text model alone, and a tensor for each expert and matrix."""
     pair = next(p for p in PAIRS if p.host == "qwen3_5_moe")
     pair.skip_where_unknown()
-    now, older = merged(pair, zoo, tmp_path / "now"), tmp_path / "older"
+    now, older = mixture(pair).folder, tmp_path / "older"
     older.mkdir()
     config = json.loads((now / "config.json").read_text())
     (older / "config.json").write_text(
@@ -98,11 +92,10 @@ def test_qwen3_5_as_older_versions_wrote_it_is_read(zoo: Callable[..., Path], tm
     ],
 )
 def test_numbers_that_can_not_be_are_told_by_their_key(
-    host: str, changes: dict[str, object], said: str, zoo: Callable[..., Path], tmp_path: Path
+    host: str, changes: dict[str, object], said: str, mixture: Callable[..., Mixture], tmp_path: Path
 ) -> None:
     pair = next(p for p in PAIRS if p.host == host)
     pair.skip_where_unknown()
-    config = merged(pair, zoo, tmp_path / "out") / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    changed = copy_model(mixture(pair).folder, tmp_path / "changed", config=changes)
     with pytest.raises(ProblemReport, match=said):
-        open_mixture(tmp_path / "out")
+        open_mixture(changed)

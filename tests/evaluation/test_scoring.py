@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from tests.architectures.pairs import (
     MAX_DIFFERENCE,
     PAIRS,
     YARN,
+    Mixture,
     Pair,
-    load_grafted,
+    graft,
     load_merged,
+    make_mixture,
     moe_blocks,
     router_module,
     router_of,
@@ -35,8 +37,6 @@ from tests.pico import HIDDEN, LAYERS, copy_model, load_dense, merge_config, mer
 
 pytestmark = pytest.mark.engines
 
-# Routers that are random, and for two layouts those that a gate mode computes, which the engine reads in the same way.
-MIXTURES = [*((pair, "random") for pair in PAIRS), (PAIRS[0], "hidden"), (PAIRS[4], "hidden")]
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
@@ -83,46 +83,81 @@ def adapter_as_model(adapter: Path) -> Path:
     return adapter
 
 
-class Merged:
-    """A merge of three pico models, and the models that it was made of."""
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_a_mixture_is_what_transformers_computes(pair: Pair, mixture: Callable[..., Mixture], tmp_path: Path) -> None:
+    """With each number of experts per token: the weights are the same, and only config.json tells.
 
-    def __init__(self, pair: Pair, zoo: Callable[..., Path], folder: Path, mode: str, **options: Any) -> None:
-        self.pair, self.folder = pair, folder
-        self.base, *self.experts = (zoo(pair.family, seed=seed, **pair.options) for seed in range(4))
-        self.shared = zoo(pair.family, seed=4, **pair.options)
-        self.config = pair.config(self.base, self.experts, self.shared, mode=mode, **options)
-        merge_without_ray(self.config, folder)
-
-
-@pytest.mark.parametrize(("pair", "mode"), MIXTURES, ids=[f"{pair}-{mode}" for pair, mode in MIXTURES])
-def test_a_mixture_is_what_transformers_computes(
-    pair: Pair, mode: str, zoo: Callable[..., Path], tmp_path: Path
-) -> None:
-    """With each number of experts per token: the weights are the same, and only config.json tells."""
-    merged = Merged(pair, zoo, tmp_path / "merged", mode)
-    for per_token in pair.experts_per_token:
-        plan = raymoe.plan({**merged.config, "experts_per_token": per_token}, allow_all_same=True)
-        (merged.folder / "config.json").write_text(json.dumps(plan.config))
-        assert_is_what_transformers_computes(merged, per_token)
+    In the same pass, each text by one expert alone: that is the base with the expert's FFN.
+    """
+    merged = mixture(pair)
+    own = [number % len(merged.experts) for number in range(len(LENGTHS))]
+    more = (Variant(name="oracle", forced=own), Variant(name="again"))
+    found = assert_is_what_transformers_computes(merged.folder, 2, *more)
+    assert_close(found["oracle"], expected_of_experts(merged, own), tolerance=MAX_DIFFERENCE)
+    # Variants share the pass, and nothing else.
+    assert_close(found["again"], found["own"], tolerance=0)
+    for per_token in set(pair.experts_per_token) - {2}:
+        plan = raymoe.plan({**merged.config, "experts_per_token": per_token})
+        other = copy_model(merged.folder, tmp_path / str(per_token), config=plan.config)
+        assert_is_what_transformers_computes(other, per_token)
 
 
-def assert_is_what_transformers_computes(merged: Merged, per_token: int) -> None:
-    model, texts = load_merged(merged.folder), texts_of()
+# Two layouts of routers that a gate mode computes.
+@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[4]], ids=str)
+def test_routers_of_a_gate_mode_are_read_the_same_way(pair: Pair, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    assert_is_what_transformers_computes(make_mixture(pair, zoo, tmp_path / "merged", "hidden").folder, 2)
+
+
+def assert_is_what_transformers_computes(folder: Path, per_token: int, *more: Variant) -> dict[str, list[Any]]:
+    """The log-likelihoods of its own routers, and of more variants that are not looked at."""
+    model, texts = load_merged(folder), texts_of()
     choices: dict[tuple[int, int], Any] = {}
 
     def see(layer: int, text: int, experts: Any, weights: Any) -> None:
         assert experts.shape == weights.shape == (LENGTHS[text], per_token)
         choices[layer, text] = experts
 
-    found = streamed(open_mixture(merged.folder), texts, Variant(name="own", on_routing=see))["own"]
-    assert_close(found, resident(model, texts), tolerance=MAX_DIFFERENCE)
-    assert len(choices) == LAYERS * len(texts)
-    for number, text in enumerate(texts):
-        for layer, scores_TE in enumerate(router_scores(model, text)):
-            # A tie within rounding may fall either way.
-            best = scores_TE.max(axis=1)
-            first = np.take_along_axis(scores_TE, choices[layer, number][:, :1], axis=1)[:, 0]
-            np.testing.assert_allclose(first, best, rtol=0, atol=1e-5)
+    found = streamed(open_mixture(folder), texts, Variant(name="own", on_routing=see), *more)
+    with seen_by_routers(model) as seen:
+        assert_close(found["own"], resident(model, texts), tolerance=MAX_DIFFERENCE)
+    assert len(choices) == LAYERS * len(texts) == len(seen)
+    for number, scores_TE in enumerate(seen):
+        text, layer = divmod(number, LAYERS)
+        # A tie within rounding may fall either way.
+        best = scores_TE.max(axis=1)
+        first = np.take_along_axis(scores_TE, choices[layer, text][:, :1], axis=1)[:, 0]
+        np.testing.assert_allclose(first, best, rtol=0, atol=1e-5)
+    return found
+
+
+@contextmanager
+def seen_by_routers(model: Any) -> Iterator[list[Any]]:
+    """(tokens, experts) of each text and layer, from what the resident model's routers see."""
+    seen: list[Any] = []
+
+    def watch(block: Any) -> Any:
+        rows = router_of(block)
+        return router_module(block).register_forward_pre_hook(
+            lambda _, args: seen.append((args[0].reshape(-1, HIDDEN) @ rows.T).numpy())
+        )
+
+    hooks = [watch(block) for block in moe_blocks(model)]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def expected_of_experts(merged: Mixture, own: Sequence[int]) -> list[Any]:
+    """What the base with the FFN of expert `own[text]` computes of each text."""
+    gates = None
+    if merged.pair.gates_shared:
+        gates = [block.shared_expert_gate.weight.detach() for block in moe_blocks(load_merged(merged.folder))]
+    model, found = load_dense(merged.base), {}
+    for number, expert in enumerate(merged.experts):
+        graft(model, expert, merged.shared_or_none, gates)
+        texts = {text: ids for text, ids in enumerate(texts_of()) if own[text] == number}
+        found |= dict(zip(texts, resident(model, list(texts.values())), strict=True))
+    return [found[text] for text in range(len(own))]
 
 
 def test_null_says_that_there_is_none(zoo: Callable[..., Path], tmp_path: Path) -> None:
@@ -135,47 +170,10 @@ def test_null_says_that_there_is_none(zoo: Callable[..., Path], tmp_path: Path) 
     assert_close(found, resident(load_merged(folder), texts), tolerance=MAX_DIFFERENCE)
 
 
-def router_scores(model: Any, text: list[int]) -> list[Any]:
-    """(tokens, experts) of each layer, from what the resident model's routers see."""
-    seen: list[Any] = []
-
-    def watch(block: Any) -> Any:
-        rows = router_of(block)
-        return router_module(block).register_forward_pre_hook(
-            lambda _, args: seen.append((args[0].reshape(-1, HIDDEN) @ rows.T).numpy())
-        )
-
-    hooks = [watch(block) for block in moe_blocks(model)]
-    resident(model, [text])
-    for hook in hooks:
-        hook.remove()
-    assert len(seen) == LAYERS
-    return seen
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_forced_to_an_expert_it_is_the_base_with_its_ffn(pair: Pair, zoo: Callable[..., Path], tmp_path: Path) -> None:
-    merged, texts = Merged(pair, zoo, tmp_path / "merged", "random"), texts_of()
-    own = [number % 3 for number in range(len(texts))]
-    found = streamed(
-        open_mixture(merged.folder), texts, Variant(name="own"), Variant(name="oracle", forced=own), Variant(name="two")
-    )
-    gates = None
-    if pair.gates_shared:
-        gates = [block.shared_expert_gate.weight.detach() for block in moe_blocks(load_merged(merged.folder))]
-    shared = merged.shared if pair.shared else None
-    grafted = [load_grafted(merged.base, expert, shared, gates) for expert in merged.experts]
-    expected = [resident(grafted[expert], [text])[0] for expert, text in zip(own, texts, strict=True)]
-    assert_close(found["oracle"], expected, tolerance=MAX_DIFFERENCE)
-    # Variants share the pass, and nothing else.
-    assert_close(found["own"], resident(load_merged(merged.folder), texts), tolerance=MAX_DIFFERENCE)
-    assert_close(found["two"], found["own"], tolerance=0)
-
-
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[2], PAIRS[4]], ids=str)
 def test_other_rows_are_another_merge(pair: Pair, zoo: Callable[..., Path], tmp_path: Path) -> None:
-    first = Merged(pair, zoo, tmp_path / "first", "random")
-    other = Merged(pair, zoo, tmp_path / "other", "hidden")
+    first = make_mixture(pair, zoo, tmp_path / "first")
+    other = make_mixture(pair, zoo, tmp_path / "other", "hidden")
     blocks, texts = moe_blocks(load_merged(other.folder)), texts_of()
     rows = np.stack([block.gate.weight.detach().numpy() for block in blocks])
     shared = np.stack([b.shared_expert_gate.weight.detach().numpy() for b in blocks]) if pair.gates_shared else None
@@ -185,9 +183,9 @@ def test_other_rows_are_another_merge(pair: Pair, zoo: Callable[..., Path], tmp_
 
 
 def test_neither_passes_nor_blocks_change_a_value(
-    zoo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixture: Callable[..., Mixture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merged, texts = Merged(PAIRS[0], zoo, tmp_path / "merged", "random"), texts_of()
+    merged, texts = mixture(PAIRS[0]), texts_of()
     at_once = streamed(open_mixture(merged.folder), texts)["own"]
     monkeypatch.setattr(scoring, "STATE_BYTES", 40 * HIDDEN * 4)
     monkeypatch.setattr(scoring, "_VOCAB_BLOCK", 100)
@@ -202,7 +200,7 @@ def test_two_layers_at_most_are_alive(
 ) -> None:
     """The tensors of a layer are gone when the next but one is read, however deep the model is."""
     pair = Pair("llama", "mixtral", options={"num_hidden_layers": layers})
-    model = open_mixture(Merged(pair, zoo, tmp_path / "merged", "random").folder)
+    model = open_mixture(make_mixture(pair, zoo, tmp_path / "merged").folder)
     alive: list[set[int]] = []
     held: list[tuple[int, weakref.ref[torch.Tensor]]] = []
     load = LayerLoader._load

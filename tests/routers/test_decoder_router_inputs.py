@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import raymoe
+from raymoe.architectures import FAMILIES as DENSE_FAMILIES
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.planning.owner import Owner
@@ -66,14 +67,19 @@ def streamed(model: GatePrompts, groups: Sequence[Sequence[Sequence[int]]]) -> d
     return {text: torch.stack(layers) for text, layers in found.items()}
 
 
-def hooked(folder: Path, text: Sequence[int]) -> torch.Tensor:
-    """(layers, tokens, hidden): what the FFNs of the resident model get."""
+def hooked(folder: Path, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """(layers, tokens, hidden) for each text: what the FFNs of the resident model get."""
     model, seen = load_dense(folder), []
     for layer in model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].clone()))
-    with torch.inference_mode():
-        model(torch.tensor([text]), use_cache=False)
-    return torch.stack(seen)
+        ffn = getattr(layer, DENSE_FAMILIES[model.config.model_type].ffn)
+        ffn.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].clone()))
+    found = []
+    for text in texts:
+        seen.clear()
+        with torch.inference_mode():
+            model(torch.tensor([text]), use_cache=False)
+        found.append(torch.stack(seen))
+    return found
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -83,8 +89,8 @@ def test_router_inputs_are_what_the_ffns_get(name: str, zoo: Callable[..., Path]
     whole = readable(folder, last_ffn=True)
     padded = streamed(whole, list(batches(texts)))
     assert padded.keys() == {tuple(text) for text in texts}
-    for text in texts:
-        torch.testing.assert_close(padded[tuple(text)], hooked(folder, text), rtol=0, atol=2e-5)
+    for text, expected in zip(texts, hooked(folder, texts), strict=True):
+        torch.testing.assert_close(padded[tuple(text)], expected, rtol=0, atol=2e-5)
     # The FFN of the last layer has no say, whether it is there to be read or not.
     without = streamed(readable(folder, last_ffn=False), list(batches(texts)))
     for text in texts:

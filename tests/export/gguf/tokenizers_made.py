@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ def _step(step: tuple[str, ...]) -> Any:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=step[1:] == ("gpt2",))
 
 
+@functools.cache
 def sentencepiece_model(**options: Any) -> bytes:
     """A tokenizer.model: SentencePiece's BPE with bytes to fall back on, as Llama 2 has it."""
     model = io.BytesIO()
@@ -74,6 +76,7 @@ def sentencepiece_model(**options: Any) -> bytes:
     return model.getvalue()
 
 
+@functools.cache
 def sentencepiece_as_json(model: bytes) -> str:
     """The tokenizer.json that transformers makes of a tokenizer.model: its pieces, merges in the order of scores."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)

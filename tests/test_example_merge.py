@@ -1,19 +1,19 @@
-"""The example merge in llama.cpp: the tokens that transformers takes, one after the other, from the file's own text."""
+"""The example merge: the right expert predicts each kind of text best, and llama.cpp takes transformers' tokens."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import yaml
 
-from raymoe.config import load_config
+import raymoe
 from raymoe.export.gguf import GgufOptions, write_gguf
 from tests.export.gguf.llama import LlamaCpp
-from tests.pico import REPOSITORY, merge_without_ray
+from tests.pico import REPOSITORY, merge_here
 
 BASE = REPOSITORY / "models/SmolLM2-135M-Instruct"
 PROMPTS = ("func main() {\n\tfmt.Println(", "Abre el cuadro de diálogo", "Water boils at 100 degrees")
@@ -26,16 +26,26 @@ pytestmark = [pytest.mark.skipif(not BASE.is_dir(), reason="the example model ha
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `raymoe merge configs/example.yaml` writes, but with routers made of a few prompts, to save time."""
     folder = tmp_path_factory.mktemp("example") / "merged"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        config = load_config("configs/example.yaml").to_plain()
-        config["gate_mode"] = "hidden_avg"
-        for expert in config["experts"]:
-            expert["positive_prompts"] = expert["positive_prompts"][:2]
-        merge_without_ray(config, folder)
-    for path in BASE.glob("*token*"):
-        shutil.copy(path, folder / path.name)
+    config = yaml.safe_load((REPOSITORY / "configs/example.yaml").read_text())
+    config["base_model"] = str(BASE)
+    for expert in config["experts"]:
+        adapter = REPOSITORY / expert["source_model"].partition("+")[2]
+        expert["source_model"] = f"{BASE}+{adapter}"
+        expert["positive_prompts"] = expert["positive_prompts"][:4]
+    merge_here(config, folder)
     return folder
+
+
+def test_the_experts_are_told_apart(example: Path) -> None:
+    """The merge predicts each kind of text better than the base, and the right expert better still."""
+    asked: dict[str, Any] = {"against": ("base", "oracle"), "limit": 1, "max_tokens": 96, "device": "cpu"}
+    result = raymoe.evaluate(example, REPOSITORY / "examples/heldout.jsonl", **asked)
+    assert result["experts"] == ["go", "metamath", "spanish", "dictionary"]
+    loss = {name: result["loss"][name] for name in ("base", "merged", "oracle")}
+    for label in result["experts"]:
+        assert loss["oracle"][label] < loss["base"][label]
+    assert loss["oracle"]["mean"] < loss["merged"]["mean"] < loss["base"]["mean"]
+    assert result["routing"]["first_accuracy_mean"] > 0.4
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,7 @@ def test_same_tokens(example: Path, tokenizer: Any, expected: dict[str, list[int
     assert llama.tokens(said) == tokenizer(said, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.soak  # each type has tests on small models: tests/export/gguf/test_same_as_transformers.py
 def test_eight_bits(example: Path, tokenizer: Any, expected: dict[str, list[int]], tmp_path: Path) -> None:
     written = write_gguf(example, tmp_path / "example.gguf", GgufOptions(type="q8_0"))
     assert written.size < 0.56 * sum(path.stat().st_size for path in example.glob("*.safetensors"))
