@@ -55,9 +55,6 @@ from tests.storage.outputs.places import (
 
 PLAN = MergeOptions(max_shard_bytes=1 << 30, model_card=False)
 SOAKED = [pytest.param(kind, marks=[pytest.mark.s3, pytest.mark.soak]) for kind in STARTERS if kind != "moto"]
-# moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline. The
-# older run may fail for any reason, so that a slow answer does no harm.
-TAKEN_OVER = StorageOptions(deadline_s=3)
 
 
 # --- two merges of one shape, and places to write them to
