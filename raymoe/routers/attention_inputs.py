@@ -8,6 +8,7 @@ unlike all others. Modules that get the same tensor, as q, k and v do, share wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -138,7 +139,14 @@ class _InputCapture:
         if first != module:
             return
         self._seen.append((module, input_BTX))
-        bits = self._tokens.select_states(batch, input_BTX)
+        # Latent keys and values have a dimension of one head besides.
+        shape = (*self.batches[batch].ids.shape, input_BTX.shape[-1])
+        if input_BTX.numel() != math.prod(shape):
+            raise MergeFailed(
+                f"layer {layer}: transformers calls {module} with more than one input for a token, which backbone: "
+                "regmean can't measure. Use backbone: linear"
+            )
+        bits = self._tokens.select_states(batch, input_BTX.reshape(shape))
         if has_non_finite_bits(bits):
             raise MergeFailed(
                 f"backbone: the inputs of {module} are not finite numbers at layer {layer}, for the prompts of "

@@ -35,7 +35,7 @@ def second_moments(folder: Path, prompts: tuple[str, ...]) -> Moments:
     inputs: dict[str, list[torch.Tensor]] = {}
 
     def watch(name: str, module: torch.nn.Module) -> None:
-        module.register_forward_pre_hook(lambda _, args: inputs.setdefault(name, []).append(args[0][0, 1:]))
+        module.register_forward_pre_hook(lambda _, args: inputs.setdefault(name, []).append(args[0].flatten(0, -2)[1:]))
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name and not any(n in name for n in NOT_ATTENTION):
