@@ -367,15 +367,26 @@ def inspect(checkpoint: str | Path, *, storage: StorageOptions | None = None) ->
     return inspect_checkpoint(checkpoint, storage)
 
 
-def archs() -> dict[str, Any]:
+def archs(engine: str | None = None) -> dict[str, Any]:
     """List which dense models become which MoE architectures, and why others do not.
+
+    Args:
+        engine: An engine ("vllm", "mlx", ...): list what it computes of each architecture instead.
 
     Returns:
         What `raymoe archs --json` prints.
 
+    Raises:
+        ProblemReport: If there is no such engine.
+
     Example:
         >>> raymoe.archs().keys()
+        >>> [row["verdict"] for row in raymoe.archs(engine="mlx")["rows"]]
     """
+    if engine is not None:
+        from raymoe.report.engine_table import engine_matrix
+
+        return engine_matrix(engine)
     from raymoe.architectures.support_matrix import support_matrix
 
     return support_matrix()

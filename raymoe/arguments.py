@@ -39,6 +39,7 @@ class ConfigKeys(TypedDict, total=False):
     dtype: str
     experts_per_token: int
     architecture: str
+    engines: Sequence[str]
     prompt_model: str
     chat_template: bool
     backbone: str | Mapping[str, Any]

@@ -5,7 +5,7 @@ Of those that do, one that engines compute otherwise (`MoeArchitecture.second_ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raymoe.architectures.dense_spec import DenseSpec
@@ -15,15 +15,33 @@ from raymoe.errors import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """What else the architecture must fulfil.
+
+    Attributes:
+        text: What is required, after "can hold a llama base".
+        reasons: From an architecture to why it does not fulfil it, one text per reason.
+        remedy: What the user may change about the requirement.
+    """
+
+    text: str
+    reasons: Callable[[MoeArchitecture], list[str]]
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     architecture: MoeArchitecture | None
     problems: tuple[Problem, ...] = ()
 
 
-def select_moe_architecture(base: DenseSpec, moe: MoeShape, *, forced: str | None, where: str) -> Selection:
+def select_moe_architecture(
+    base: DenseSpec, moe: MoeShape, *, forced: str | None, where: str, requirement: Requirement | None = None
+) -> Selection:
     """Choose the MoE architecture for a base model. The planner checks the experts' types against the base's.
 
-    `forced` is the config's `architecture` and may be the start of a name or title ("qwen", "Mixtral").
+    `forced` is the config's `architecture` and may be the start of a name or title ("qwen", "Mixtral"). `requirement`
+    is checked of architectures that can hold the model.
     """
     candidates: Sequence[MoeArchitecture] = [
         architecture for architecture in MOE_ARCHITECTURES.values() if base.model_type in architecture.accepts
@@ -34,17 +52,22 @@ def select_moe_architecture(base: DenseSpec, moe: MoeShape, *, forced: str | Non
             names = ", ".join(f"{h.name} ({h.title})" for h in MOE_ARCHITECTURES.values())
             what = f"unknown architecture {forced!r}"
             return Selection(architecture=None, problems=(Problem(where=where, what=what, remedy=f"one of: {names}"),))
-    reasons = [(architecture, _reasons(architecture, base, moe)) for architecture in candidates]
+    reasons = [(architecture, _reasons(architecture, base, moe, requirement)) for architecture in candidates]
     if fitting := [architecture for architecture, why_not in reasons if not why_not]:
         return Selection(architecture=min(fitting, key=lambda architecture: architecture.is_second_choice(base)))
     details = "".join(f"\n      {architecture.title}: {'; '.join(why)}" for architecture, why in reasons)
     no_match = "no MoE architecture" if forced is None else f"architecture {forced!r}"
     can = "can" if forced is None else "can't"
-    what = f"{no_match} {can} hold a {base.model_type} base with {_describe(moe)}:{details}"
+    required = f", {requirement.text}" if requirement else ""
+    what = f"{no_match} {can} hold a {base.model_type} base with {_describe(moe)}{required}:{details}"
     remedy = "change the settings named above, or use other models"
+    if requirement:
+        remedy += f", or {requirement.remedy}"
     if forced is not None:
         others = [
-            architecture.name for architecture in MOE_ARCHITECTURES.values() if not _reasons(architecture, base, moe)
+            architecture.name
+            for architecture in MOE_ARCHITECTURES.values()
+            if not _reasons(architecture, base, moe, requirement)
         ]
         suitable = f" ({', '.join(others)} can)" if others else ""
         remedy += f", or another architecture{suitable}, or leave it out to let raymoe choose"
@@ -58,10 +81,13 @@ def _architectures_named(forced: str) -> list[MoeArchitecture]:
     return exact or starts
 
 
-def _reasons(architecture: MoeArchitecture, base: DenseSpec, moe: MoeShape) -> list[str]:
+def _reasons(
+    architecture: MoeArchitecture, base: DenseSpec, moe: MoeShape, requirement: Requirement | None
+) -> list[str]:
     if base.model_type not in architecture.accepts:
         return [f"takes {', '.join(architecture.accepts)} models only"]
-    return architecture.unsupported_reasons(base, moe)
+    reasons = architecture.unsupported_reasons(base, moe)
+    return reasons if reasons or requirement is None else requirement.reasons(architecture)
 
 
 def _describe(moe: MoeShape) -> str:

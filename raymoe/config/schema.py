@@ -30,6 +30,7 @@ from raymoe.config.model_refs import ModelRef, parse_model_ref
 from raymoe.config.prompt_sources import PromptFile, Prompts
 from raymoe.config.source_positions import Loc, short_repr, short_text, yaml_kind
 from raymoe.config.storage_block import plain_storage, storage_options
+from raymoe.engines import ENGINES
 from raymoe.gate_modes import ALIASES, DEFAULT_MODE, MODES
 from raymoe.object_store.options import StorageOptions
 
@@ -49,6 +50,16 @@ _DTYPE_NICKNAMES = {
     "half": "float16",
     "fp32": "float32",
     "float": "float32",
+}
+# Names of packages and commands. `engines` takes those of `ENGINES` only.
+_ENGINE_NICKNAMES = {
+    "mlx-lm": "mlx",
+    "mlx_lm": "mlx",
+    "llamacpp": "llama.cpp",
+    "llama-cpp": "llama.cpp",
+    "gguf": "llama.cpp",
+    "mistral.rs": "mistralrs",
+    "exllama": "exllamav3",
 }
 
 
@@ -75,6 +86,13 @@ def _parse_architecture(value: Any) -> str:
     if not name:
         raise value_error("is blank", "name an output architecture, or leave the key out to have it chosen")
     return name
+
+
+def _parse_engines(value: Any) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise value_error(f"expected a list of engines, got {yaml_kind(value)}", "write [vllm, mlx], for example")
+    return tuple(dict.fromkeys(parse_choice(name, tuple(ENGINES), _ENGINE_NICKNAMES) for name in names))
 
 
 def _parse_count(value: Any) -> int:
@@ -160,11 +178,11 @@ Expert = Annotated[ExpertConfig, BeforeValidator(_parse_expert)]
 class MergeConfig(BaseModel):
     """A whole merge config. Each value is valid by itself; `check_config` checks that they fit together.
 
-    `dtype` is what the weights are stored in (`None`: what the base model's config names). `prompt_model`,
-    `chat_template`, `modality`, `backbone` and `storage` are raymoe's own keys: which model reads the prompts (`None`:
-    the gate mode's default); whether it reads them as a user turn of its chat template; whether the output reads images
-    (`None`: if its base does and there is a MoE architecture with its encoder); how attention, norms and embeddings are
-    made; and how object stores are reached.
+    `dtype` is what the weights are stored in (`None`: what the base model's config names). `engines`, `prompt_model`,
+    `chat_template`, `modality`, `backbone` and `storage` are raymoe's own keys: which engines must compute the output
+    right; which model reads the prompts (`None`: the gate mode's default); whether it reads them as a user turn of its
+    chat template; whether the output reads images (`None`: if its base does and there is a MoE architecture with its
+    encoder); how attention, norms and embeddings are made; and how object stores are reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -176,6 +194,7 @@ class MergeConfig(BaseModel):
     dtype: Annotated[Dtype | None, BeforeValidator(optional(_parse_dtype))] = None
     experts_per_token: Annotated[int, PlainValidator(optional(_parse_count, 2))] = 2
     architecture: Annotated[str | None, PlainValidator(optional(_parse_architecture))] = None
+    engines: Annotated[tuple[str, ...], BeforeValidator(optional(_parse_engines, ()))] = ()
     prompt_model: Annotated[PromptModel | None, BeforeValidator(optional(_parse_prompt_model))] = None
     chat_template: Annotated[bool, PlainValidator(optional(parse_flag, False))] = False
     modality: Annotated[Modality | None, BeforeValidator(optional(_parse_modality))] = None

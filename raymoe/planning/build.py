@@ -30,6 +30,7 @@ from raymoe.planning.compatibility import (
     text_part_warnings,
 )
 from raymoe.planning.digest import plan_digest
+from raymoe.planning.engine_checks import engine_requirement, engine_warnings, merge_features
 from raymoe.planning.invariants import check_plan
 from raymoe.planning.modality import choose_wrapper, in_wrapper, wrap_tensors
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, CONFIG_KEYS, ROUTER, Owner
@@ -99,7 +100,13 @@ def build_plan(
         raise ProblemReport(problems)
     problems += _tokenizer_problems(config, base_facts)
     moe = _moe_shape(config)
-    selection = select_moe_architecture(base, moe, forced=config.architecture, where="architecture")
+    selection = select_moe_architecture(
+        base,
+        moe,
+        forced=config.architecture,
+        where="architecture" if config.architecture or not config.engines else "engines",
+        requirement=engine_requirement(config.engines, base, moe),
+    )
     problems += selection.problems
     problems += check_tensors(base_facts, base, "base_model", ffn_only=False)
     problems += adapter_problems(base_facts, base, "base_model", ffn_only=False)
@@ -279,6 +286,9 @@ def _assemble(
         totals=compute_totals(shards, moe, gates, moments),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
+        features=merge_features(base, moe, architecture),
+        # Of an image-text merge's own class, no engine was looked at.
+        engine_warnings=() if wrapper else tuple(engine_warnings(config.engines, base, moe, architecture)),
         backbone=backbone.report,
         moments=moments,
         digest=plan_digest(shards, output_config, side_files, gates, moments=moments, strict=options.strict),

@@ -477,7 +477,11 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
-    """Everything an executor needs. `digest` names the weights, config and side files: equal digests, equal bytes."""
+    """Everything an executor needs. `digest` names the weights, config and side files: equal digests, equal bytes.
+
+    `features` are those on which engines differ (`raymoe.engines.FEATURES`). `engine_warnings` name the engines that
+    load the merge and compute something else, one sentence each.
+    """
 
     architecture: str
     config: Mapping[str, Any]
@@ -492,6 +496,8 @@ class MergePlan:
     backbone: BackboneReport
     digest: str
     moments: MomentPlan | None = None
+    features: tuple[str, ...] = ()
+    engine_warnings: tuple[str, ...] = ()
 
     @property
     def runs_model(self) -> bool:
@@ -508,7 +514,7 @@ class MergePlan:
 
     def _repr_html_(self) -> str:
         sources = [(str(source.owner), source.label) for source in self.sources]
-        warnings = [("warning", warning) for warning in self.warnings]
+        warnings = [("warning", warning) for warning in (*self.warnings, *self.engine_warnings)]
         return html_table(f"Plan of a {self.architecture} merge", [*self._facts, *warnings, *sources])
 
     @property

@@ -20,10 +20,13 @@ from raymoe._version import __version__
 from raymoe.architectures import MOE_ARCHITECTURES, MoeArchitecture, MoeShape
 from raymoe.config import ExpertConfig, MergeConfig, PromptFile
 from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder, short_name
+from raymoe.engines import ENGINES, OTHERWISE, SAME
+from raymoe.engines.table import RUN
 from raymoe.formatting import human_count
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.report.backbone_lines import backbone_source, unused_lines
+from raymoe.report.engine_lines import engine_lines
 from raymoe.report.source_metadata import License, SourceCard, common_value
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.safe_text import has_unprintable, printable, shorten
@@ -224,9 +227,7 @@ def _loading_section(
             "downloaded and run."
         )
         yield ""
-    if architecture.runs_in_vllm and since == architecture.min_transformers:
-        yield f'With vLLM: `vllm serve "{PATH_PLACEHOLDER}"`'
-        yield ""
+    yield from _engine_lines(plan)
     shape = MoeShape(
         experts=len(config.experts),
         experts_per_token=config.experts_per_token,
@@ -235,6 +236,21 @@ def _loading_section(
     if architecture.runs_in_llama_cpp(shape):
         yield "For llama.cpp, if it can hold this model: download it, and convert its folder with raymoe:"
         yield "`raymoe gguf FOLDER model.gguf --type q8_0`"
+        yield ""
+
+
+def _engine_lines(plan: MergePlan) -> Iterator[str]:
+    """The engines that compute the model as transformers does, with their commands, and those that do not."""
+    lines = list(engine_lines(plan))
+    for line in lines:
+        if line.verdict == SAME and line.found == RUN:
+            remark = f" {line.reason[0].upper()}{line.reason[1:]}." if line.reason else ""
+            for command in line.commands if ENGINES[line.engine].reads_checkpoints else ():
+                text = f"{command.format(model=PATH_PLACEHOLDER)} {line.remedy}".strip()
+                yield f"With {line.title} (compared with {line.version}): `{text}`{remark}"
+                yield ""
+    if wrong := [f"{line.title} {line.version} ({line.reason})" for line in lines if line.verdict == OTHERWISE]:
+        yield f"These load it and compute something else: {', '.join(wrong)}."
         yield ""
 
 

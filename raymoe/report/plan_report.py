@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from raymoe.object_store.location import Location, LocationKind
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, ROUTER, OwnerKind
 from raymoe.planning.plan import MergePlan, Shard
 from raymoe.report.backbone_lines import backbone_lines, backbone_work
+from raymoe.report.engine_lines import engine_lines
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.results import MergeResult, Verification
 from raymoe.storage.transfer_summary import TRANSFER_METHODS
@@ -86,7 +87,8 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
             {"owner": str(s.owner), "model": s.label, "revision": s.revision, "files": len(s.files)}
             for s in plan.sources
         ],
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *plan.engine_warnings],
+        "engines": [asdict(each) for each in engine_lines(plan)],
         "config": dict(plan.config),
         "digest": plan.digest,
     }
@@ -119,9 +121,10 @@ def print_plan(
     on_gpu = f"{human_bytes(memory['gpu'])} of GPU memory and {human_bytes(memory['beside_gpu'])} of host memory"
     gpu = f"; on a GPU, {on_gpu}" if memory["gpu"] else ""
     print_line(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
-    for warning in plan.warnings:
+    warnings = (*plan.warnings, *plan.engine_warnings)
+    for warning in warnings:
         print_warning(console, warning)
-    _print_state(console, output, is_clean=not plan.warnings)
+    _print_state(console, output, is_clean=not warnings)
 
 
 def _print_state(console: Any, output: PlannedOutput | None, *, is_clean: bool) -> None:

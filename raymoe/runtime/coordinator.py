@@ -105,6 +105,8 @@ def run_merge(
         raise ProblemReport(list(dict.fromkeys(problems)))
     if settings.verbosity >= 0:
         say(merge_line(plan, target.location.text))
+        for warning in plan.engine_warnings:
+            say(f"warning: {warning}")
     settings = replace(settings, strict=plan.options.strict)
     report.begin("start of Ray")
     with ray_connection(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
@@ -128,7 +130,9 @@ def run_merge(
                     )
                 sources.check_unchanged()
                 names = _expert_names(plan)
-                warnings = [*plan.warnings, *_gate_warnings(plan.gates, outcome.rows, outcome.summary, names)]
+                said_before = settings.verbosity >= 0  # a merge for another engine would not have been started
+                warnings = [*plan.warnings, *(() if said_before else plan.engine_warnings)]
+                warnings += _gate_warnings(plan.gates, outcome.rows, outcome.summary, names)
                 records = [*outcome.shard_results, *_write_router(plan, outcome.rows, target, settings)]
                 files = _write_small_files(plan, description, target, settings, records, outcome.summary)
                 lines = summary_lines(outcome.summary, names) if outcome.summary else ()
@@ -166,7 +170,7 @@ def _already_complete(
     report.was_complete, report.bytes_kept = True, finished.nbytes
     if settings.verbosity >= 0:
         say(f"{target.location} is already complete: an earlier run has finished this merge")
-    warnings = [*plan.warnings, *_rewritten_warnings(plan, target, finished)]
+    warnings = [*plan.warnings, *plan.engine_warnings, *_rewritten_warnings(plan, target, finished)]
     return MergeResult(
         output=target.location.text,
         model_type=plan.config["model_type"],
