@@ -17,6 +17,8 @@ PAGES = [*sorted((REPOSITORY / "docs").rglob("*.md")), *(REPOSITORY / name for n
 # Names of other programs, and placeholders.
 FOREIGN = frozenset(
     [
+        "--compilation-config",
+        "--model-impl",
         "--working-dir",
         "AbortIncompleteMultipartUpload",
         "P_e",
