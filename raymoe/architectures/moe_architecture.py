@@ -140,7 +140,6 @@ class MoeArchitecture:
         code_repository: The repository on the Hub with its code.
         min_transformers_mixed_windows: The oldest transformers that computes it with a window on some layers only.
         reads_tokenizer_as_is: As in `DenseFamily`.
-        runs_in_vllm: vLLM's registry of models has its class (read in 0.33.0).
         runs_in_llama_cpp: Whether `raymoe gguf` writes a merge with these numbers of experts. The command checks
             everything else.
         note: A further note for docs and `raymoe archs`.
@@ -182,7 +181,6 @@ class MoeArchitecture:
     code_repository: str = ""
     min_transformers_mixed_windows: str = ""
     reads_tokenizer_as_is: bool = False
-    runs_in_vllm: bool = False
     runs_in_llama_cpp: Callable[[MoeShape], bool] = lambda moe: True
     note: str = ""
 

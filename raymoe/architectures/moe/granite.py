@@ -173,7 +173,6 @@ GRANITE_ARCHITECTURES = (
         experts_key="num_local_experts",
         min_transformers="4.57",
         reads_tokenizer_as_is=True,
-        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="granitemoehybrid",
@@ -196,7 +195,6 @@ GRANITE_ARCHITECTURES = (
         second_choice_for=("scales_rope",),
         written_for={'position_embedding_type: "nope"': "mlx-lm 0.32.2 and mistral.rs 0.9.5"},
         reads_tokenizer_as_is=True,
-        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="granitemoeshared",
@@ -215,7 +213,6 @@ GRANITE_ARCHITECTURES = (
         shared_key="shared_intermediate_size",
         min_transformers="4.57",
         reads_tokenizer_as_is=True,
-        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="granitemoe_swa",
@@ -235,6 +232,5 @@ GRANITE_ARCHITECTURES = (
         shared_key="shared_intermediate_size",
         min_transformers="5.23",
         note="transformers runs its attention, as that of Granite with windows, without SDPA, which is slower",
-        runs_in_vllm=True,
     ),
 )

@@ -184,7 +184,6 @@ _QWEN3 = MoeArchitecture(
     renormalize_key="norm_topk_prob",
     aliases={"num_experts": "num_local_experts"},
     min_transformers="4.57",
-    runs_in_vllm=True,
 )
 
 LLAMA_LIKE_ARCHITECTURES = (
@@ -205,7 +204,6 @@ LLAMA_LIKE_ARCHITECTURES = (
         aliases={"num_local_experts": "num_experts"},
         min_transformers="4.57",
         reads_tokenizer_as_is=True,
-        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="deepseek",
@@ -227,7 +225,6 @@ LLAMA_LIKE_ARCHITECTURES = (
         renormalize_key="norm_topk_prob",
         renormalizes_one=False,
         code_repository=_DEEPSEEK_CODE,
-        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="qwen2_moe",
@@ -248,7 +245,6 @@ LLAMA_LIKE_ARCHITECTURES = (
         min_transformers="4.57",
         min_transformers_mixed_windows="5.23",
         second_choice_for=("has_mixed_windows",),
-        runs_in_vllm=True,
         # With a shared expert it does not make the weights of the chosen experts sum to one.
         runs_in_llama_cpp=lambda moe: not moe.shared or moe.experts_per_token == moe.experts,
     ),
@@ -275,7 +271,6 @@ LLAMA_LIKE_ARCHITECTURES = (
             "the experts of a layer in two tensors": "mlx-lm 0.32.2",
             "the keys of a text model under text_config, with full_attention_interval": "mlx-lm 0.32.2",
         },
-        runs_in_vllm=True,
     ),
 )
 

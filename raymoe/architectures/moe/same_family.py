@@ -186,7 +186,6 @@ SAME_FAMILY_ARCHITECTURES = (
         renormalize_key="norm_topk_prob",
         aliases={"num_experts": "num_local_experts"},
         min_transformers="4.57",
-        runs_in_vllm=True,
         runs_in_llama_cpp=lambda moe: False,
     ),
     MoeArchitecture(
@@ -208,7 +207,6 @@ SAME_FAMILY_ARCHITECTURES = (
         aliases={"moe_num_experts": "num_experts", PER_TOKEN_KEY: "moe_k"},
         min_transformers="4.57",
         reads_tokenizer_as_is=True,
-        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="hunyuan_v1_moe",
@@ -227,7 +225,6 @@ SAME_FAMILY_ARCHITECTURES = (
         aliases={"num_experts": "num_local_experts", PER_TOKEN_KEY: "moe_topk"},
         min_transformers="4.57",
         note="without a shared expert there is one of zeros, as wide as the experts",
-        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="cohere2_moe",
@@ -248,7 +245,6 @@ SAME_FAMILY_ARCHITECTURES = (
         dense_family="cohere2",
         shared_key="num_shared_experts",
         min_transformers="5.23",
-        runs_in_vllm=True,
         runs_in_llama_cpp=lambda moe: not moe.shared,  # llama.cpp averages with the shared expert
     ),
     MoeArchitecture(
@@ -269,6 +265,5 @@ SAME_FAMILY_ARCHITECTURES = (
         min_transformers="5.23",
         note="the chosen scores are divided by their sum plus 1e-6; routed_scaling_factor compensates for that",
         written_for={"rope_parameters": "mistral.rs 0.9.5"},
-        runs_in_vllm=True,
     ),
 )

@@ -106,7 +106,6 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         min_transformers="4.57",
         note=_NOTE,
         reads_tokenizer_as_is=True,
-        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="deepseek_v3",
@@ -129,6 +128,5 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         score_function="sigmoid",
         min_transformers="4.57",
         note=_NOTE,
-        runs_in_vllm=True,
     ),
 )
