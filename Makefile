@@ -11,7 +11,10 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_PIP ?= $(if $(shell command -v nvidia-smi),,$(shell $(PYTHON) scripts/index_answers.py $(CPU_INDEX)/torch/ && echo --extra-index-url $(CPU_INDEX)))
 
 # Files of tests are spread over processes; those of one file share their fixtures. PARALLEL= runs one process.
-PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Tests that start Ray or servers wait a third of their time: there is one process more than a small machine has cores.
+SPREAD := --dist loadfile --no-loadscope-reorder
+PARALLEL ?= -n 2 $(SPREAD)
+test: PARALLEL = -n 3 $(SPREAD)
 SOAK_MERGES ?= 200
 
 # Where it is set, each of a thousand processes compiles the package and its tests again.

@@ -40,9 +40,9 @@ def test_a_family_that_transformers_does_not_have_is_named(
 
 
 def test_a_config_that_transformers_refuses_is_said_in_its_words(zoo: Callable[..., Path]) -> None:
-    model = readable(zoo("llama"), last_ffn=True)
+    model = readable(zoo("olmo2"), last_ffn=True)
     odd = replace(model, config={**model.config, "initializer_range": "wide"})
-    with pytest.raises(ProblemReport, match=r"llama: transformers 5\S* refuses this config: .*'wide'"):
+    with pytest.raises(ProblemReport, match=r"olmo2: transformers 5\S* refuses this config: .*'wide'"):
         streamed(odd, [[[3, 4, 5]]])
 
 
