@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests.cli.commands import wait_until
+from tests.processes import kill, mentioning
 
 __all__ = ["MISSING", "JobHead", "asks_for_token", "job_head"]
 
@@ -48,9 +49,25 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+# Ray gives its own processes half a minute to come up, which may be too short on a busy machine.
+_STARTED, _TOO_LATE = "Ray runtime started", "timed out during startup"
+_STARTS = 3
+
+
 @contextlib.contextmanager
 def job_head(folder: Path) -> Iterator[JobHead]:
     """`folder` holds the token and the head's log."""
+    for _ in range(_STARTS):
+        with _started(folder) as head:
+            if head is not None:
+                yield head
+                return
+    raise AssertionError(f"Ray did not come up: {(folder / 'head.log').read_text(errors='replace')[-2000:]}")
+
+
+@contextlib.contextmanager
+def _started(folder: Path) -> Iterator[JobHead | None]:
+    """None if the machine was too busy for Ray to start."""
     token = folder / "token"
     token.write_text("0123456789abcdef" * 4)
     gcs, dashboard, agent, client, metrics = _free_ports(5)
@@ -63,17 +80,27 @@ def job_head(folder: Path) -> Iterator[JobHead]:
     command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     command += [f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}", f"--temp-dir={session}"]
     command += ["--disable-usage-stats", "--object-store-memory=200000000"]
-    with (folder / "head.log").open("wb") as log:
+    log = folder / "head.log"
+    with log.open("wb") as output:
         head = subprocess.Popen(
-            command, env=env | {"RAY_AUTH_MODE": "token"}, stdout=log, stderr=log, start_new_session=True
+            command, env=env | {"RAY_AUTH_MODE": "token"}, stdout=output, stderr=output, start_new_session=True
         )
+
+    def is_up_or_gone() -> bool:
+        return head.poll() is not None or (_STARTED in log.read_text(errors="replace") and asks_for_token(url))
+
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_until(lambda: asks_for_token(url), "an answer of the job server", [])
-        yield JobHead(url, f"http://127.0.0.1:{metrics}/metrics", {**env, "RAY_ADDRESS": url})
+        wait_until(is_up_or_gone, "an answer of the job server", [])
+        said = log.read_text(errors="replace")
+        assert head.poll() is None or _TOO_LATE in said, said[-2000:]
+        is_up = head.poll() is None
+        yield JobHead(url, f"http://127.0.0.1:{metrics}/metrics", {**env, "RAY_ADDRESS": url}) if is_up else None
     finally:
         head.send_signal(signal.SIGTERM)
         head.wait(timeout=60)
+        for process in mentioning(session):  # what a start that failed leaves behind
+            kill(process)
         shutil.rmtree(session, ignore_errors=True)
 
 
