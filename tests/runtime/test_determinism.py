@@ -76,8 +76,11 @@ def test_a_lost_node(
     them may find no room any more, and its work is done by the others all the same."""
     node, out = second_node(), tmp_path / "out"
     process = many_shards.start(out, ray_env, "--actors", "3")
-    wait_until(lambda: len(finished_shards(out)) > 3, "the fourth shard", [process])
-    assert expert_actors(node.pid)
+    wait_until(
+        lambda: len(finished_shards(out)) > 3 and expert_actors(node.pid),
+        "the fourth shard and an actor on the second node",
+        [process],
+    )
     for each in (node, *below(node.pid)):
         kill(each)
     node.wait()
