@@ -48,7 +48,7 @@ MLX := $(VENV)/engine-mlx
 help:
 	@echo "make demo     merge the example experts on Ray, show where prompts are routed, and generate"
 	@echo "make docs     the documentation as a site, in site/, with all links checked"
-	@echo "make check    lint, types and all tests that need this process alone: a minute"
+	@echo "make check    lint, types and all tests that need this process alone: some two minutes"
 	@echo "make test     lint, types and all tests that prove a promise: what CI runs"
 	@echo "make soak     what is long by nature: more kills and faults, the notebook as it is"
 	@echo "make engines  small merges in vLLM, mlx-lm and llama.cpp: writes raymoe/engines/rows.csv and docs/engines.md"
