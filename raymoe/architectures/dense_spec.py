@@ -32,7 +32,7 @@ from raymoe.tensor_names import HEAD, layer_of
 
 # Keys where null means that the model lacks the feature.
 NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank", "hidden_size_per_layer_input"})
-# The keys and values of one token, of which there are as many, in a layer without a window (Gemma 4's).
+# The numbers in one token's keys, and in its values, in a layer without a window (Gemma 4's).
 _WINDOWLESS_KEYS = "num_global_key_value_heads*global_head_dim"
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 

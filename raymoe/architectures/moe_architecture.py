@@ -232,7 +232,7 @@ class MoeArchitecture:
         return any("{expert}" not in name for name in self.expert.values())
 
     def as_stored(self, names: Container[str]) -> MoeArchitecture:
-        """The architecture with the tensor names of experts that a checkpoint has, of which `names` are all."""
+        """The architecture with the tensor names of experts that a checkpoint has; `names` are all its tensors."""
         other = (name.format(layer=0, expert=0) for name in self.expert_also_read.values())
         return replace(self, expert=self.expert_also_read) if any(name in names for name in other) else self
 

@@ -7,6 +7,7 @@ config has both, `rope_scaling` counts, as in transformers. Kinds and the keys t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
@@ -122,6 +123,22 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the RoPE settings under either name."""
     found = config.get("rope_scaling") or config.get("rope_parameters")
     return dict(found) if isinstance(found, Mapping) else {}
+
+
+def yarn_magnitude_ratio(scaling: Mapping[str, Any]) -> float | None:
+    """The factor of yarn on cosines and sines if its settings have `mscale` and `mscale_all_dim`; else None.
+
+    Source: transformers' `modeling_rope_utils.py`.
+    """
+    mscale, of_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if not (mscale and of_all):
+        return None
+    return yarn_magnitude(scaling["factor"], mscale) / yarn_magnitude(scaling["factor"], of_all)
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """How much larger yarn makes queries and keys of texts that are `factor` times as long (arXiv 2309.00071)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope_kind(parameters: Mapping[str, Any]) -> str:

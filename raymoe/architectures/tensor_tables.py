@@ -282,7 +282,7 @@ def _qwen3_5_rows() -> tuple[TensorRow, ...]:
 def _gemma4_rows() -> tuple[TensorRow, ...]:
     """Four norms of the residual stream. Layers without a window have heads of their own, and with `attention_k_eq_v`
     their values are their keys. E2B and E4B have inputs per layer, and layers with the keys and values of earlier ones,
-    the FFN of which may be twice as wide."""
+    whose FFN may be twice as wide."""
     sizes = {
         "q_out": "heads*global_head_dim",
         "kv_out": "num_global_key_value_heads*global_head_dim",

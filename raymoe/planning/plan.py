@@ -110,12 +110,12 @@ class Transform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixMoments:
-    """The inputs of a matrix of attention, of which second moments are measured for `regmean`.
+    """The inputs of a matrix of attention, whose second moments are measured for `regmean`.
 
     Attributes:
         layer: The layer.
         module: The module of the layer that multiplies by the matrix: `self_attn.q_proj`.
-        experts: The experts, in the order of `Combination.experts`, of which prompts give the inputs.
+        experts: The experts, in the order of `Combination.experts`, whose prompts give the inputs.
         alpha: The factor on off-diagonal second moments.
     """
 

@@ -54,7 +54,7 @@ def join_inputs(parts: Sequence[LayerInputs]) -> LayerInputs:
 
 
 def layer_modules(plan: MomentPlan) -> list[list[str]]:
-    """The modules of each layer of which inputs are kept."""
+    """The modules of each layer whose inputs are kept."""
     return [list(dict.fromkeys(each.moments.module for each in of if each.moments)) for of in plan.matrices]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from raymoe.architectures import DenseSpec
+from raymoe.architectures.rope import yarn_magnitude, yarn_magnitude_ratio
 
 _Scaled = tuple[torch.Tensor, float]
 """Frequencies (rotary_dim / 2,) in float32, and the factor on cosines and sines."""
@@ -89,12 +90,8 @@ def _yarn_factor(factor: float, scaling: Mapping[str, Any]) -> float:
     given = scaling.get("attention_factor")
     if given is not None:
         return float(given)
-
-    def magnitude(mscale: float = 1.0) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    mscale, of_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return magnitude(mscale) / magnitude(of_all) if mscale and of_all else magnitude()
+    ratio = yarn_magnitude_ratio(scaling)
+    return yarn_magnitude(factor) if ratio is None else ratio
 
 
 def _llama3(spec: DenseSpec, scaling: Mapping[str, Any], tokens: int) -> _Scaled:

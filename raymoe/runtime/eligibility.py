@@ -54,7 +54,7 @@ class Eligibility:
         return actor.on_gpu or not any(other.on_gpu for other in self._pool.up)
 
     def can_merge_backbone(self, actor: PoolActor) -> bool:
-        """True if this actor has the models of which matrices are merged."""
+        """True if this actor has the models whose matrices are merged."""
         return actor.can_read(self._requirements.merging if self._requirements is not None else frozenset())
 
     def can_do(self, actor: PoolActor, job: ShardJob) -> bool:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from raymoe.architectures import DenseSpec
+from raymoe.architectures.rope import yarn_magnitude, yarn_magnitude_ratio
 from raymoe.architectures.tensor_tables import ATTENTION
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.errors import Problem, ProblemReport
@@ -211,16 +212,9 @@ def _number_reasons(spec: DenseSpec) -> Iterator[str]:
 
 
 def yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
-    """What llama.cpp's factor on queries and keys of yarn is multiplied by: it knows no `mscale`.
-
-    Source: `_compute_yarn_parameters` in transformers' modeling_rope_utils.py.
-    """
-
-    def factor(mscale: float) -> float:
-        return 1.0 if scaling["factor"] <= 1 else 0.1 * mscale * math.log(scaling["factor"]) + 1.0
-
-    one, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return factor(one) / factor(all_dims) / factor(1.0) if one and all_dims else 1.0
+    """What llama.cpp's factor on queries and keys of yarn is multiplied by: it knows no `mscale`."""
+    ratio = yarn_magnitude_ratio(scaling)
+    return 1.0 if ratio is None else ratio / yarn_magnitude(scaling["factor"])
 
 
 def rope_base(spec: DenseSpec) -> float:
