@@ -17,6 +17,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts, PromptPlan
 from raymoe.planning.prompt_checks import missing_row_problem
+from raymoe.routers.plain_tokenizer import plain_prompt_tokenizer
 from raymoe.sources.facts import SideFile
 from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_sampling import NO_CHAT_TEMPLATE
@@ -54,15 +55,26 @@ _FIXED_DAY = "".join(
 _tokenizers: dict[tuple[Any, ...], Any] = {}
 
 
-def open_tokenizer(files: Sequence[SideFile], reader: SourceReader, *, trust_remote_code: bool) -> Any:
+def open_tokenizer(
+    files: Sequence[SideFile], reader: SourceReader, *, trust_remote_code: bool, with_template: bool
+) -> Any:
     """The tokenizer of these files. Raises ProblemReport if they are not a tokenizer."""
     paths = {side.name: reader.path(side.file) for side in files}
-    key = (trust_remote_code, *((side, paths[side.name].stat().st_mtime_ns) for side in files))
+    key = (trust_remote_code, with_template, *((side, paths[side.name].stat().st_mtime_ns) for side in files))
     if key not in _tokenizers:
-        tokenizer = tokenizer_from_paths(paths, trust_remote_code=trust_remote_code)
+        tokenizer = prompt_tokenizer(paths, trust_remote_code=trust_remote_code, with_template=with_template)
         _tokenizers.clear()
         _tokenizers[key] = tokenizer
     return _tokenizers[key]
+
+
+def prompt_tokenizer(paths: Mapping[str, Path], *, trust_remote_code: bool, with_template: bool) -> Any:
+    """The tokenizer that reads prompts, with files at `paths`: without transformers if it would do the same.
+
+    `with_template`: prompts are put into the chat template, which transformers does. Raises ProblemReport.
+    """
+    plain = None if with_template else plain_prompt_tokenizer(paths)
+    return plain or tokenizer_from_paths(paths, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_from_paths(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
@@ -129,7 +141,9 @@ def prompt_ids(
     plan: PromptPlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
 ) -> tuple[list[list[int]], list[list[int]], int | None]:
     """Token ids of the positive and the negative prompts, and the id of BOS. Raises ProblemReport for bad prompts."""
-    tokenizer = open_tokenizer(plan.tokenizer_files, reader, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(
+        plan.tokenizer_files, reader, trust_remote_code=trust_remote_code, with_template=prompts.chat_template
+    )
     vocab = prompts.weights[EMBEDDING].entry.shape[0]
     positive, negative = (
         tokenize(tokenizer, texts, vocab=vocab, owner=prompts.owner, chat_template=prompts.chat_template)
@@ -186,7 +200,8 @@ def prompt_problems(
     if not open_texts:
         return []
     collector = ProblemCollector()
-    tokenizer = collector.run(tokenizer_from_paths, paths, trust_remote_code=trust_remote_code)
+    with_template = any(member.chat_template for member, _ in open_texts)
+    tokenizer = collector.run(prompt_tokenizer, paths, trust_remote_code=trust_remote_code, with_template=with_template)
     for member, texts in open_texts if tokenizer is not None else ():
         vocab = member.weights[EMBEDDING].entry.shape[0]
         collector.run(tokenize, tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)

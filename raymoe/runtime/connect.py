@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from raymoe.console import say
 from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
-from raymoe.runtime.ray_compat import silence_authentication_logger
+from raymoe.runtime.ray_compat import fewer_processes, silence_authentication_logger
 from raymoe.runtime.ray_errors import cause_of, first_line
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.start_errors import check_port_open, reject_job_server, start_problem
@@ -41,13 +41,13 @@ def ray_connection(settings: RuntimeSettings) -> Iterator[None]:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     reject_job_server(address or "")
     if not address:
-        # A local cluster needs no dashboard, which would take time to start.
         options |= {"address": "local", "include_dashboard": False}
     if settings.verbosity >= 0:
         say(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:
         check_port_open(address or "")
-        with end_on_signal():
+        is_trimmed = nullcontext() if address else fewer_processes(prints_logs=options["log_to_driver"])
+        with end_on_signal(), is_trimmed:
             ray.init(**options)
     except SystemExit:  # Ray's own SIGTERM handlers end a process this way, without a message
         raise KeyboardInterrupt from None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 AUTHENTICATION_LOGGER = "ray._private.authentication.authentication_token_setup"
@@ -17,6 +18,35 @@ AUTHENTICATION_LOGGER = "ray._private.authentication.authentication_token_setup"
 def silence_authentication_logger() -> None:
     """Silence a Ray logger that reports at every start that token authentication is on, which is the default."""
     logging.getLogger(AUTHENTICATION_LOGGER).setLevel(logging.ERROR)
+
+
+_UNUSED_STARTS = ("start_monitor", "start_api_server")
+_LOG_START = "start_log_monitor"
+
+
+@contextmanager
+def fewer_processes(*, prints_logs: bool) -> Iterator[None]:
+    """A Ray that is started on this machine in the block lacks processes that a merge does not use.
+
+    These are the autoscaler's monitor, the dashboard, and, unless the driver `prints_logs` of actors, the log monitor.
+    Each is a Python process that takes about a second of processor time to start, and Ray waits for the dashboard and,
+    at the end, a second for the monitor. Ray has no public option for the monitor, and starts the dashboard's process
+    also with `include_dashboard=False`. In a Ray without these methods nothing changes.
+    """
+    try:
+        from ray._private.node import Node
+    except ImportError:  # another version of Ray
+        yield
+        return
+    names = [name for name in (*_UNUSED_STARTS, *(() if prints_logs else (_LOG_START,))) if name in vars(Node)]
+    methods = {name: vars(Node)[name] for name in names}
+    for name in names:
+        setattr(Node, name, lambda self, *arguments, **options: None)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(Node, name, method)
 
 
 def free_resources_by_node() -> Mapping[str, Mapping[str, float]]:

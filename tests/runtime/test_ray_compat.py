@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +16,13 @@ from pathlib import Path
 import pytest
 
 import raymoe
-from raymoe.runtime.ray_compat import AUTHENTICATION_LOGGER, free_resources_by_node, node_affinity, streaming_method
+from raymoe.runtime.ray_compat import (
+    AUTHENTICATION_LOGGER,
+    fewer_processes,
+    free_resources_by_node,
+    node_affinity,
+    streaming_method,
+)
 from raymoe.submit.job_server import _NOISY_LOGGERS
 
 _PRIVATE = ("ray._private", "ray.experimental", "ray.autoscaler", "_generator_backpressure", "_spill_on_unavailable")
@@ -66,6 +76,45 @@ def test_a_stream_that_is_held_up() -> None:
     held_up = streaming_method(4)(pieces)
     assert held_up.__ray_num_returns__ == "streaming"
     assert held_up.__ray_generator_backpressure_num_objects__ == 4
+
+
+_START = """
+import json, sys
+import psutil, ray
+from raymoe.runtime.connect import ray_connection
+from raymoe.runtime.settings import RuntimeSettings
+from tests.processes import arguments
+
+with ray_connection(RuntimeSettings(verbosity=int(sys.argv[1]))):
+    f = ray.remote(lambda: 1)
+    lines = [" ".join(arguments(process)) for process in psutil.Process().children(recursive=True)]
+    print(json.dumps({"result": ray.get(f.remote()), "lines": lines}))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("verbosity", "has_log_monitor"), [(0, False), pytest.param(1, True, marks=pytest.mark.soak)])
+def test_a_local_ray_has_no_process_that_a_merge_does_not_use(verbosity: int, has_log_monitor: bool) -> None:
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", _START, str(verbosity)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["result"] == 1
+    lines = "\n".join(found["lines"])
+    assert "raylet" in lines and "gcs_server" in lines
+    assert ("log_monitor.py" in lines) is has_log_monitor
+    assert "monitor.py" not in lines.replace("log_monitor.py", "")
+    assert "dashboard.py" not in lines
+
+
+def test_methods_of_ray_are_put_back() -> None:
+    from ray._private.node import Node
+
+    before = dict(vars(Node))
+    assert {"start_monitor", "start_api_server", "start_log_monitor"} <= before.keys()
+    with fewer_processes(prints_logs=False):
+        assert vars(Node)["start_monitor"] is not before["start_monitor"]
+    assert dict(vars(Node)) == before
 
 
 def test_no_more_is_said_where_ray_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
