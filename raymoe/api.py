@@ -542,6 +542,7 @@ def evaluate(
     labels: Sequence[str] = (),
     limit: int = 0,
     max_tokens: int | None = None,
+    experts_per_token: str | Sequence[int] | None = None,
     text_field: str | None = None,
     label_field: str | None = None,
     tasks: str | None = None,
@@ -571,6 +572,8 @@ def evaluate(
         labels: "LABEL=EXPERT" for each label that is not the name of an expert.
         limit: Use only the first texts of each label, or examples of each task. 0 uses all.
         max_tokens: Texts are cut to this many tokens. By default 512.
+        experts_per_token: Numbers of experts for a token, such as (1, 2, 4): loss and active parameters of a merge with
+            each of them, under "by_experts_per_token".
         text_field: The text's key. By default "text".
         label_field: The label's key. By default "label".
         tasks: In place of `data`: tasks of lm-evaluation-harness, or task files, separated by commas.
@@ -599,7 +602,7 @@ def evaluate(
     """
     from raymoe.evaluation.evaluate import evaluate_texts
     from raymoe.evaluation.lm_eval import HarnessOptions, check_data_or_tasks, run_harness
-    from raymoe.evaluation.options import EvaluationOptions, parse_against
+    from raymoe.evaluation.options import EvaluationOptions, parse_against, parse_experts_per_token
     from raymoe.evaluation.output_files import check_writable, evaluation_input_paths, write_evaluation
     from raymoe.report.evaluation_result import Evaluation
 
@@ -612,6 +615,7 @@ def evaluate(
             "against": against,
             "labels": labels or None,
             "max_tokens": max_tokens,
+            "experts_per_token": experts_per_token,
             "text_field": text_field,
             "label_field": label_field,
             "html": html,
@@ -640,6 +644,7 @@ def evaluate(
             labels=tuple(labels),
             limit=limit,
             max_tokens=512 if max_tokens is None else max_tokens,
+            experts_per_token=parse_experts_per_token(experts_per_token),
             text_field=text_field or "text",
             label_field=label_field or "label",
             device=chosen_device(device),

@@ -10,6 +10,8 @@ the MoE block are under the FFN's name (`mlp.` in most families):
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -55,6 +57,7 @@ hidden)."""
 _FUSED = "experts.gate_up_proj"
 # The most experts in all layers together, if those of a layer are in one tensor. (If each has its own tensors, there
 # are no more experts than tensors.) The largest mixtures have 60,000.
+_EXPERT_WEIGHT = re.compile(r"\.experts\.(\d+)\.")
 _MAX_FUSED = 200_000
 _NAMED = 4  # of many missing tensors
 _REMEDY = "name a merge as raymoe wrote it"
@@ -63,8 +66,9 @@ _REMEDY = "name a merge as raymoe wrote it"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRule:
     """How a MoE architecture turns router scores into weights: `score_function` of all experts (softmax or sigmoid),
-    then the highest `per_token` of them, made to sum to one if it `renormalizes`. `has_shared_gate`: the shared expert
-    is weighted by the sigmoid of its own gate. `router_factor`: rows of the router are multiplied by it in the file.
+    then the highest `per_token` of them, made to sum to one if it `renormalizes`; a single one only if it
+    `renormalizes_one`. `has_shared_gate`: the shared expert is weighted by the sigmoid of its own gate.
+    `router_factor`: rows of the router are multiplied by it in the file.
     """
 
     experts: int
@@ -75,6 +79,7 @@ class RoutingRule:
     activation: str
     score_function: str = "softmax"
     router_factor: float = 1.0
+    renormalizes_one: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +166,16 @@ def mixture_model(facts: ModelFacts) -> CheckpointModel:
     )
 
 
+def active_parameters(facts: ModelFacts, model: CheckpointModel, per_token: int) -> int:
+    """Parameters that a mixture uses for a token if `per_token` experts work on it. Counted as in a merge's record."""
+    idle = (
+        math.prod(ref.entry.shape)
+        for name, ref in model.weights.items()
+        if (found := _EXPERT_WEIGHT.search(name)) is not None and int(found[1]) >= per_token
+    )
+    return sum(math.prod(entry.shape) for entry in facts.index.tensors.values()) - sum(idle)
+
+
 def _dense_config(architecture: MoeArchitecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the dense model that has the mixture's attention and norms."""
     family = FAMILIES[architecture.dense_family]
@@ -199,13 +214,14 @@ def _routing_rule(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseS
     return RoutingRule(
         experts=experts,
         per_token=per_token,
-        renormalizes=renormalizes and (per_token > 1 or architecture.renormalizes_one),
+        renormalizes=renormalizes,
         has_shared_expert=bool(architecture.shared)
         and (not architecture.shared_key or bool(config.get(architecture.shared_key))),
         has_shared_gate=bool(architecture.shared_router),
         activation=spec.hidden_act,
         score_function=architecture.score_function,
         router_factor=architecture.router_factor(spec.hidden),
+        renormalizes_one=architecture.renormalizes_one,
     )
 
 

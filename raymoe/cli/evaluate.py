@@ -42,6 +42,14 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Texts are cut to this many tokens. Default: 512.")
     ] = None,
+    experts_per_token: Annotated[
+        str | None,
+        typer.Option(
+            "--experts-per-token",
+            metavar="NUMBERS",
+            help="Loss and active parameters of a merge with these numbers of experts for a token too: 1,2,4.",
+        ),
+    ] = None,
     text_field: Annotated[str | None, typer.Option("--text-field", help="The text's key. Default: text.")] = None,
     label_field: Annotated[str | None, typer.Option("--label-field", help="The label's key. Default: label.")] = None,
     tasks: Annotated[
@@ -78,7 +86,7 @@ def evaluate(
     from raymoe import api
     from raymoe.console import say
     from raymoe.evaluation.lm_eval import HarnessOptions, check_data_or_tasks, run_harness
-    from raymoe.evaluation.options import EvaluationOptions, parse_against
+    from raymoe.evaluation.options import EvaluationOptions, parse_against, parse_experts_per_token
     from raymoe.evaluation.output_files import check_writable, evaluation_input_paths, write_evaluation
     from raymoe.report.eval_table import print_evaluation, print_tasks
     from raymoe.sources.hub import HubOptions
@@ -90,6 +98,7 @@ def evaluate(
             "--against": against or None,
             "--label": label or None,
             "--max-tokens": max_tokens,
+            "--experts-per-token": experts_per_token,
             "--text-field": text_field,
             "--label-field": label_field,
             "--html": html,
@@ -102,6 +111,7 @@ def evaluate(
         labels=tuple(label or ()),
         limit=limit,
         max_tokens=512 if max_tokens is None else max_tokens,
+        experts_per_token=parse_experts_per_token(experts_per_token),
         text_field=text_field or "text",
         label_field=label_field or "label",
         device=parse_device(device),

@@ -103,3 +103,6 @@ def _merge_option_problems(name: str, options: EvaluationOptions) -> Iterator[Pr
     if options.labels:
         what = f"has no effect, since {name} is no merge: its labels are names of kinds of text"
         yield Problem(where="--label", what=what, remedy="leave it out")
+    if options.experts_per_token:
+        what = f"has no effect, since {name} is no merge, and has no experts"
+        yield Problem(where="--experts-per-token", what=what, remedy="leave it out")

@@ -29,7 +29,7 @@ from raymoe.evaluation.finished_merge import (
     without_comparisons,
 )
 from raymoe.evaluation.models import check_tokens, models_for_tokens, open_further_models
-from raymoe.evaluation.options import EvaluationOptions, option_problems
+from raymoe.evaluation.options import EvaluationOptions, option_problems, top_k_problems
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.sources.facts import ModelFacts
@@ -78,6 +78,8 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     elif "hidden" in wanted and options.named is None and merge.is_hidden:
         wanted.remove("hidden")  # the merge has that gate mode
     mixture = collector.run(open_mixture, merge)
+    experts = mixture.rule.experts if mixture is not None and mixture.rule is not None else None
+    collector.problems += top_k_problems(options, experts)
     texts = collector.run(read_texts, data, Labels(merge.names, options.labels), options)
     sources = collector.run(resolve_sources, merge, wanted, options)
     names = unique_names(merge.names)

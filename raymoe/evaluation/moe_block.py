@@ -17,11 +17,13 @@ from raymoe.checkpoints.weight_table import TRANSPOSED, RoutingRule
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """How tokens are routed instead of by the checkpoint's own rows: by other rows of the router (E, H) and of the
-    shared expert's gate; or with `forced` (texts,), each text's tokens go to one expert, without a router."""
+    shared expert's gate; or with `forced` (texts,), each text's tokens go to one expert, without a router.
+    `per_token`: how many experts are chosen, if not as many as the checkpoint's config says."""
 
     router: torch.Tensor | None = None
     shared_router: torch.Tensor | None = None
     forced: torch.Tensor | None = None
+    per_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +72,9 @@ class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy h
             scores_NE = scores_NE.float().sigmoid()
         else:
             scores_NE = scores_NE.softmax(dim=-1, dtype=torch.float32)
-        weights, chosen = scores_NE.topk(self._rule.per_token, dim=-1)
-        if self._rule.renormalizes:
+        count = self.route.per_token or self._rule.per_token
+        weights, chosen = scores_NE.topk(count, dim=-1)
+        if self._rule.renormalizes and (count > 1 or self._rule.renormalizes_one):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return Choice(experts=chosen, weights=weights)
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from raymoe.compute import device_problems
+from raymoe.config.source_positions import short_repr
 from raymoe.errors import Problem
+from raymoe.formatting import short_list
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning.owner import Owner
 from raymoe.sources.hub import HubOptions
@@ -21,6 +23,7 @@ MODEL = "model"
 # Names of losses that are not those of further models. For a merge, `expert NAME` is taken too.
 _NAMES_OF_A_MERGE = (*AGAINST, NOTHING, "merged", MODEL)
 _NAMES_OF_A_DENSE_MODEL = (NOTHING, MODEL)
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NAME = re.compile(r"\w[\w .+-]{0,63}")
 
 
@@ -54,7 +57,8 @@ class GenerationOptions(ReadingOptions):
 class EvaluationOptions(ReadingOptions):
     """`against`: what the merge is compared with (None: all that the merge allows): comparisons by name, and further
     models as `NAME=MODEL`. `labels`: `label=expert` pairs for labels that are not an expert's name. `limit`: use only
-    the first texts of each label (0: all). `max_tokens`: texts are cut to this many tokens."""
+    the first texts of each label (0: all). `max_tokens`: texts are cut to this many tokens. `experts_per_token`: the
+    merge is evaluated with these numbers of experts for a token too."""
 
     against: tuple[str, ...] | None = None
     labels: tuple[str, ...] = ()
@@ -62,6 +66,7 @@ class EvaluationOptions(ReadingOptions):
     max_tokens: int = 512
     text_field: str = "text"
     label_field: str = "label"
+    experts_per_token: tuple[int | str, ...] = ()
 
     @property
     def named(self) -> tuple[str, ...] | None:
@@ -89,6 +94,33 @@ def parse_against(values: str | Sequence[str] | None) -> tuple[str, ...] | None:
     for value in [values] if isinstance(values, str) else values:
         found += [value.strip()] if "=" in value else [name.strip().lower() for name in value.split(",")]
     return () if found == [NOTHING] else tuple(found)
+
+
+def parse_experts_per_token(value: str | Sequence[int | str] | None) -> tuple[int | str, ...]:
+    """'1,2,4' as (1, 2, 4). What is no number stays text, for `top_k_problems` to name."""
+    if value is None:
+        return ()
+    found = [part.strip() if isinstance(part, str) else part for part in _split(value)]
+    return tuple(int(part) if isinstance(part, str) and _INTEGER.fullmatch(part) else part for part in found)
+
+
+def _split(value: str | Sequence[int | str]) -> Sequence[int | str]:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def top_k_problems(options: EvaluationOptions, experts: int | None) -> Iterator[Problem]:
+    """What is wrong with `experts_per_token`, in one problem. `experts`: how many there are; None if it is unknown."""
+    chosen = options.experts_per_token
+    numbers = [each for each in chosen if isinstance(each, int) and not isinstance(each, bool)]
+    faults = [f"{short_repr(each)} is not a number" for each in chosen if each not in numbers or isinstance(each, bool)]
+    faults += [f"{each} is below one" for each in numbers if each < 1]
+    if experts is not None:
+        faults += [f"{each} is more than the {experts} experts" for each in numbers if each > experts]
+    faults += [f"{each} is given twice" for each in dict.fromkeys(numbers) if numbers.count(each) > 1]
+    if faults:
+        most = "the number of experts" if experts is None else str(experts)
+        remedy = f"give different numbers from 1 to {most}, separated by commas"
+        yield Problem(where="--experts-per-token", what=short_list(faults, most=3), remedy=remedy)
 
 
 def option_problems(options: EvaluationOptions, *, of_merge: bool = True) -> Iterator[Problem]:

@@ -1,7 +1,8 @@
 """`evaluate_merge`: runs one pass over the layers of each model, and computes the results.
 
 gate pass (mode `hidden`)                            router rows to compare with
-one pass over the merge                              merged, oracle and hidden share the reading of its layers
+one pass over the merge                              merged, further numbers of experts per token, oracle and hidden
+                                                     share the reading of its layers
 one pass over each other model                       base, experts, their average, further models
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from raymoe.checkpoints.weight_table import active_parameters
 from raymoe.compute import choose_device
 from raymoe.evaluation.dataset import data_summary
 from raymoe.evaluation.inputs import EvaluationInputs, open_evaluation
@@ -74,6 +76,7 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
         "seed": inputs.merge.options.seed,
         "layers": inputs.mixture.spec.layers,
         "experts_per_token": rule.per_token,
+        **_by_top_k(inputs, options, loss),
         "experts": list(inputs.names),
         "data": data_summary(inputs.texts, inputs.tokens, str(data)),
         "compared": options.models,
@@ -94,6 +97,30 @@ def _losses(inputs: EvaluationInputs, values: Values) -> Losses:
     return found if experts is None else found | {"experts": experts}
 
 
+def _by_top_k(inputs: EvaluationInputs, options: EvaluationOptions, loss: Losses) -> dict[str, Any]:
+    """`by_experts_per_token` of eval.json: loss and cost for each number of experts for a token; nothing if none was
+    asked for."""
+    if not options.experts_per_token:
+        return {}
+    found = [
+        {
+            "experts_per_token": count,
+            "active_parameters": active_parameters(inputs.merge.facts, inputs.mixture, count),
+            "loss": as_json_losses(loss[name]),
+        }
+        for count, name in _top_k_names(inputs, options).items()
+    ]
+    return {"by_experts_per_token": found}
+
+
+def _top_k_names(inputs: EvaluationInputs, options: EvaluationOptions) -> dict[int, str]:
+    """For each number of experts for a token, ascending, the name of its losses. That of the config is `merged`."""
+    assert inputs.mixture.rule is not None  # it is a mixture
+    own = inputs.mixture.rule.per_token
+    counts = sorted(int(count) for count in options.experts_per_token)
+    return {count: "merged" if count == own else f"experts_per_token={count}" for count in counts}
+
+
 class _Computation:
     """The passes of one evaluation. `counts` and `samples` are filled by the merge's own routers."""
 
@@ -102,7 +129,7 @@ class _Computation:
     ) -> None:
         from raymoe.evaluation.passes import Passes
 
-        self._inputs, self._reader, self._progress = inputs, reader, progress
+        self._inputs, self._options, self._reader, self._progress = inputs, options, reader, progress
         self._remote_code, self._hub = options.trust_remote_code, options.hub
         self._device = choose_device(options.device)
         self._passes = Passes(inputs.tokens.ids, self._device, reader, progress)
@@ -118,6 +145,9 @@ class _Computation:
         from raymoe.evaluation.scoring import Variant
 
         variants = [Variant(name="merged", on_routing=self._on_routing)]
+        for count, name in _top_k_names(self._inputs, self._options).items():
+            if name != "merged":
+                variants.append(Variant(name=name, per_token=count))
         if self._inputs.oracle:
             variants.append(Variant(name="oracle", forced=self._inputs.text_experts))
         if self._inputs.hidden is not None:
@@ -180,6 +210,7 @@ def _total_work(inputs: EvaluationInputs, options: EvaluationOptions) -> int:
     from raymoe.evaluation.passes import models_work
     from raymoe.evaluation.scoring import pass_work
 
-    variants = 1 + inputs.oracle + (inputs.hidden is not None)
+    top_k = sum(name != "merged" for name in _top_k_names(inputs, options).values())
+    variants = 1 + top_k + inputs.oracle + (inputs.hidden is not None)
     total = pass_work(inputs.mixture, inputs.tokens.ids, variants) + models_work(inputs.models, inputs.tokens.ids)
     return total + (plan_work(inputs.hidden, hub=options.hub) if inputs.hidden is not None else 0)

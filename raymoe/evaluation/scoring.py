@@ -38,12 +38,14 @@ _VOCAB_BLOCK, _TOKEN_BLOCK = 16384, 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """One way of routing. `rows` (layers, experts, hidden) replace the checkpoint's, `shared_rows` those of the shared
-    expert's gate; `forced` names the expert of each text. `on_routing` is called with the chosen experts."""
+    expert's gate; `forced` names the expert of each text. `per_token` replaces the number of experts for a token.
+    `on_routing` is called with the chosen experts."""
 
     name: str
     rows: Float32 | None = None
     shared_rows: Float32 | None = None
     forced: Sequence[int] | None = None
+    per_token: int | None = None
     on_routing: RoutingCallback | None = None
 
 
@@ -136,7 +138,12 @@ class _Pass:
         forced = None
         if variant.forced is not None:
             forced = torch.tensor([variant.forced[text] for text in self._groups[number]], device=like.device)
-        ffn.route = Route(router=rows(variant.rows), shared_router=rows(variant.shared_rows), forced=forced)
+        ffn.route = Route(
+            router=rows(variant.rows),
+            shared_router=rows(variant.shared_rows),
+            forced=forced,
+            per_token=variant.per_token,
+        )
 
     def _report_routing(self, layer: int, variant: Variant, number: int) -> None:
         ffn = self._decoder.ffn_of(layer)

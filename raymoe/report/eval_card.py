@@ -6,11 +6,21 @@ content.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from raymoe.formatting import human_count
 from raymoe.report import svg
-from raymoe.report.eval_numbers import MEAN, loss_rows, own_expert, perplexity, read_labels, read_loss
+from raymoe.report.eval_numbers import (
+    MEAN,
+    loss_rows,
+    own_expert,
+    perplexity,
+    read_labels,
+    read_loss,
+    top_k_name,
+    top_k_rows,
+)
 from raymoe.report.eval_page import page_style, replace_forbidden
 from raymoe.report.model_card import code_span
 
@@ -83,6 +93,7 @@ def _section(result: Mapping[str, Any]) -> Iterator[str]:
         name = names.get(model) or code_span(model)
         yield f"| {name} |" + "".join(f" {_cell(read_loss(result, model, label))} |" for label in (MEAN, *labels))
     yield ""
+    yield from _top_k_lines(result, labels)
     first, chosen = float(routing["first_accuracy_mean"]), float(routing["chosen_accuracy_mean"])
     used, count = int(result["experts_per_token"]), len(result["experts"])
     yield (
@@ -91,6 +102,20 @@ def _section(result: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield f"![The experts that tokens of each kind of text are routed to first]({PICTURE_NAME})"
+
+
+def _top_k_lines(result: Mapping[str, Any], labels: Sequence[str]) -> Iterator[str]:
+    rows = top_k_rows(result)
+    if not rows:
+        return
+    yield "Loss with other numbers of experts for a token than that of config.json:"
+    yield ""
+    yield "| experts | active parameters | mean |" + "".join(f" {code_span(label)} |" for label in labels)
+    yield "|---|---:|---:|" + "---:|" * len(labels)
+    for row in rows:
+        losses = "".join(f" {_cell(row.losses[label])} |" for label in (MEAN, *labels))
+        yield f"| {top_k_name(result, row.count)} | {human_count(row.active)} |{losses}"
+    yield ""
 
 
 def _cell(loss: float | None) -> str:

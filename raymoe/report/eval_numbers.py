@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 MEAN = "mean"
 _ROW_ORDER = ("model", "base", "average", "hidden", "merged", "oracle", "experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopK:
+    """A merge with `count` experts for a token. `active`: its parameters that work on a token; `share`: the same as a
+    share of those with the config's number, None if that was not evaluated too."""
+
+    count: int
+    active: int
+    share: float | None
+    losses: Mapping[str, float | None]
 
 
 def is_dense(result: Mapping[str, Any]) -> bool:
@@ -95,6 +107,24 @@ def mean_load(result: Mapping[str, Any]) -> list[float]:
     """An expert's share of the work, mean over layers."""
     layers: Sequence[Sequence[float]] = result["routing"]["load"]
     return [sum(column) / len(layers) for column in zip(*layers)]
+
+
+def top_k_rows(result: Mapping[str, Any]) -> list[TopK]:
+    """Loss and cost of a merge for each number of experts for a token; none if they were not asked for."""
+    rows = result.get("by_experts_per_token") or ()
+    own = next((row for row in rows if row["experts_per_token"] == result["experts_per_token"]), None)
+    found = []
+    for row in rows:
+        active = int(row["active_parameters"])
+        share = None if own is None else active / int(own["active_parameters"])
+        losses: Mapping[str, float | None] = row["loss"]
+        found.append(TopK(count=int(row["experts_per_token"]), active=active, share=share, losses=losses))
+    return found
+
+
+def top_k_name(result: Mapping[str, Any], count: int) -> str:
+    """The number, with a mark on that of the merge's config."""
+    return f"{count} (config)" if count == result["experts_per_token"] else str(count)
 
 
 def weakest_layers(result: Mapping[str, Any], count: int = 3) -> list[tuple[int, float]]:

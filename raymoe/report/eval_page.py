@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from raymoe.formatting import human_count
 from raymoe.report import svg
 from raymoe.report.eval_numbers import (
     MEAN,
@@ -29,6 +30,8 @@ from raymoe.report.eval_numbers import (
     read_labels,
     read_loss,
     references,
+    top_k_name,
+    top_k_rows,
     weakest_layers,
 )
 
@@ -194,7 +197,17 @@ def _loss_view(result: Mapping[str, Any]) -> dict[str, Any]:
         {"name": model, "cells": [_loss_cell(result, model, label) for label in columns]} for model in loss_rows(result)
     ]
     means = _compared_losses(result, MEAN)
+    top_k = [
+        {
+            "name": top_k_name(result, row.count),
+            "active": human_count(row.active),
+            "share": "–" if row.share is None else f"{row.share:.2f}x",
+            "cells": [_top_k_cell(row.losses[label]) for label in columns],
+        }
+        for row in top_k_rows(result)
+    ]
     return {
+        "top_k": top_k,
         "ladder": _ladder(means),
         "compared": {mark.kind for mark in means},
         "panels": panels,
@@ -213,6 +226,10 @@ def _loss_cell(result: Mapping[str, Any], model: str, label: str) -> dict[str, A
     if loss is None:
         return {"loss": "–", "perplexity": "", "best": False}
     return {"loss": f"{loss:.3f}", "perplexity": perplexity(loss), "best": loss == best_loss(result, label)}
+
+
+def _top_k_cell(loss: float | None) -> dict[str, str]:
+    return {"loss": "–" if loss is None else f"{loss:.3f}", "perplexity": "" if loss is None else perplexity(loss)}
 
 
 def _ladder(marks: Sequence[svg.Mark]) -> Markup | None:

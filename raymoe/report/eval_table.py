@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from raymoe.console import console as rich_console
 from raymoe.console import print_json, print_warning
+from raymoe.formatting import human_count
 from raymoe.report.eval_numbers import (
     MEAN,
     best_loss,
@@ -24,6 +25,8 @@ from raymoe.report.eval_numbers import (
     read_labels,
     read_loss,
     references,
+    top_k_name,
+    top_k_rows,
     weakest_layers,
 )
 
@@ -51,6 +54,7 @@ def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> Non
     console.print(", ".join(facts))
     console.print(f"{data['texts']:,} texts of {data['file']}, {data['tokens']:,} tokens")
     _print_losses(console, result)
+    _print_top_k(console, result)
     if not is_dense(result):
         _print_routing(console, result)
         _print_confusion(console, result)
@@ -88,6 +92,35 @@ def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
     if result.get("gap_closed") is not None:
         share = result["gap_closed"]
         console.print(f"{share:.0%} of the gap from hidden to oracle is closed.")
+
+
+def _print_top_k(console: Any, result: Mapping[str, Any]) -> None:
+    rows = {top_k_name(result, row.count): row for row in top_k_rows(result)}
+    if not rows:
+        return
+    labels = [MEAN, *read_labels(result)]
+    best = [
+        min((loss for row in rows.values() if (loss := row.losses[label]) is not None), default=None)
+        for label in labels
+    ]
+
+    def cell(name: str, column: int) -> tuple[str, str]:
+        row = rows[name]
+        if column == 0:
+            return human_count(row.active), ""
+        if column == 1:
+            return "-" if row.share is None else f"{row.share:.2f}x", ""
+        loss = row.losses[labels[column - 2]]
+        if loss is None:
+            return "-", ""
+        is_best = loss == best[column - 2]
+        return f"{loss:.3f} ({perplexity(loss)}){'*' if is_best else ' '}", "bold" if is_best else ""
+
+    console.print(
+        "\nBy experts for a token: active parameters, loss, perplexity in brackets; * is the lowest of a column"
+    )
+    heads = dict(enumerate(("active", "of config's", *labels)))
+    _print_blocks(console, "experts", list(rows), heads, cell)
 
 
 def _meaning(result: Mapping[str, Any], row: str) -> str | None:

@@ -398,6 +398,43 @@ def test_what_is_no_merge(world: World, hidden: Path, tmp_path: Path) -> None:
     assert "model_type is 'llama', which is not a mixture that raymoe writes" in refused(dense, world.data)
 
 
+def test_numbers_of_experts_per_token(world: World, hidden: Path, result: dict[str, Any], tmp_path: Path) -> None:
+    """Each is what the same files with that number in config.json give; the config's own is not run again."""
+    found = raymoe.evaluate(hidden, world.data, against=(), experts_per_token="3,1, 2", device="cpu")
+    rows = {row["experts_per_token"]: row for row in found["by_experts_per_token"]}
+    assert list(rows) == [1, 2, 3] and "by_experts_per_token" not in result
+    assert rows[2]["loss"] == found["loss"]["merged"] == result["loss"]["merged"]
+    record = json.loads((hidden / "raymoe.json").read_text())
+    assert (
+        rows[2]["active_parameters"] == record["active_parameters"]
+        and rows[3]["active_parameters"] == record["parameters"]
+    )
+    for count in (1, 3):
+        other = copy_model(hidden, tmp_path / str(count), config={"num_experts_per_tok": count})
+        merged = raymoe.evaluate(other, world.data, against=(), device="cpu")["loss"]["merged"]
+        assert rows[count]["loss"] == pytest.approx(merged, abs=1e-6) and merged != result["loss"]["merged"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "what"),
+    [
+        ("0,1", "0 is below one"),
+        ("4", "4 is more than the 3 experts"),
+        ("two", "'two' is not a number"),
+        ("1,,2", "'' is not a number"),
+        ("2,1,2", "2 is given twice"),
+        ((2, True), "true is not a number"),
+        ("9" * 5000, "is not a number"),
+        ("-1,4,x", "'x' is not a number, -1 is below one, 4 is more than the 3 experts"),
+    ],
+)
+def test_numbers_of_experts_that_can_not_be(numbers: Any, what: str, world: World, hidden: Path) -> None:
+    found = refused(hidden, world.data, experts_per_token=numbers)
+    assert what in found and found.count("--experts-per-token") == 1 and "from 1 to 3" in found
+    if numbers == "4":
+        assert "is no merge, and has no experts" in refused(world.base, world.data, experts_per_token=numbers)
+
+
 @pytest.mark.s3
 def test_a_merge_in_an_object_store(world: World, hidden: Path, result: dict[str, Any]) -> None:
     from tests.object_store.servers import environment, running_server

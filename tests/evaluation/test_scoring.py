@@ -14,9 +14,12 @@ import pytest
 import torch
 
 import raymoe
+from raymoe.checkpoints.weight_table import active_parameters, mixture_model
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation import scoring
 from raymoe.evaluation.scoring import Variant
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer
+from raymoe.sources.resolve import resolve_model
 from tests.architectures.pairs import (
     DYNAMIC,
     LLAMA3,
@@ -87,19 +90,27 @@ def adapter_as_model(adapter: Path) -> Path:
 def test_a_mixture_is_what_transformers_computes(pair: Pair, mixture: Callable[..., Mixture], tmp_path: Path) -> None:
     """With each number of experts per token: the weights are the same, and only config.json tells.
 
-    In the same pass, each text by one expert alone: that is the base with the expert's FFN.
+    In the same pass, each text by one expert alone: that is the base with the expert's FFN. And other numbers of
+    experts, which are what the merges with these numbers compute.
     """
     merged = mixture(pair)
     own = [number % len(merged.experts) for number in range(len(LENGTHS))]
+    others = sorted(set(pair.experts_per_token) - {2})
     more = (Variant(name="oracle", forced=own), Variant(name="again"))
+    more += tuple(Variant(name=f"{count} per token", per_token=count) for count in others)
     found = assert_is_what_transformers_computes(merged.folder, 2, *more)
     assert_close(found["oracle"], expected_of_experts(merged, own), tolerance=MAX_DIFFERENCE)
     # Variants share the pass, and nothing else.
     assert_close(found["again"], found["own"], tolerance=0)
-    for per_token in set(pair.experts_per_token) - {2}:
+    facts = resolve_model(parse_model_ref(str(merged.folder)))
+    model = mixture_model(facts)
+    assert active_parameters(facts, model, 2) == raymoe.plan(merged.config).totals.active_parameters
+    for per_token in others:
         plan = raymoe.plan({**merged.config, "experts_per_token": per_token})
         other = copy_model(merged.folder, tmp_path / str(per_token), config=plan.config)
-        assert_is_what_transformers_computes(other, per_token)
+        of_config = assert_is_what_transformers_computes(other, per_token)["own"]
+        assert_close(found[f"{per_token} per token"], of_config, tolerance=0)
+        assert active_parameters(facts, model, per_token) == plan.totals.active_parameters
 
 
 # Two layouts of routers that a gate mode computes.

@@ -85,8 +85,8 @@ def test_text_of_an_evaluation_does_nothing() -> None:
     first = next(iter(plain["data"]["per_label"]))
     result = json.loads(json.dumps(plain).replace(json.dumps(first), json.dumps(HOSTILE)))
     section, picture = evaluation_section(result), routing_picture(result)
-    rows = [line for line in section.splitlines() if line.startswith("| ")]
-    assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
+    tables = [part.splitlines() for part in section.split("\n\n") if part.startswith("| ")]
+    assert [len({row.replace("\\|", "").count("|") for row in rows}) for rows in tables] == [1, 1]
     assert "\x1b" not in section + picture and "\u202e" not in section
     assert "<script" not in picture
     assert ElementTree.fromstring(picture) is not None

@@ -53,6 +53,14 @@ def synthetic_evaluation(experts: int = 4, layers: int = 30, seed: int = 0, used
         "backbone": "linear",
         "layers": layers,
         "experts_per_token": used,
+        "by_experts_per_token": [
+            {
+                "experts_per_token": count,
+                "active_parameters": 100_000_000 + 50_000_000 * count,
+                "loss": {label: value + 0.1 * abs(count - used) for label, value in loss["merged"].items()},
+            }
+            for count in range(1, experts + 1)
+        ],
         "experts": names,
         "data": {
             "file": "examples/heldout.jsonl",

@@ -44,7 +44,7 @@ def test_lowest_of_a_column_is_marked(capsys: pytest.CaptureFixture[str]) -> Non
     lines = printed(result, capsys).splitlines()
     marked = {line.split("  ")[0]: re.findall(r"[\d.]+ \([\d.]+\)\*", line) for line in lines if ")*" in line}
     assert marked["merged"] == ["0.500 (1.65)*"]
-    assert set(marked) == {"merged", "expert metamath", "experts"}, "metamath's own, and the mean"
+    assert set(marked) == {"merged", "expert metamath", "experts", "2 (config)"}, "metamath's own, the mean; by top-k"
 
 
 def test_experts_alone_are_a_reference(capsys: pytest.CaptureFixture[str]) -> None:
