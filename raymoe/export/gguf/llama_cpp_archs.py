@@ -60,6 +60,7 @@ class LlamaCppArchitecture:
         rope_is_interleaved: Its RoPE rotates dimension 2i of a head with 2i + 1, where transformers rotates i with
             i + d/2. Rows of q and k are permuted for it.
         has_rope_factors: It reads a divisor for each rotary frequency.
+        has_longrope: It reads a list of such divisors for short contexts and another one for long contexts.
         scales_rope: Its RoPE may be scaled.
         has_partial_rotary: Its RoPE may rotate a part of each head.
         has_windows: It has sliding windows on layers that the file lists.
@@ -99,6 +100,7 @@ class LlamaCppArchitecture:
     score_function: str = "softmax"
     rope_is_interleaved: bool = False
     has_rope_factors: bool = False
+    has_longrope: bool = False
     scales_rope: bool = True
     has_partial_rotary: bool = False
     has_windows: bool = False
@@ -226,6 +228,7 @@ ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
                 dense=("llama", "mistral", "ernie4_5", "helium"),
                 rope_is_interleaved=True,
                 has_rope_factors=True,
+                has_longrope=True,
                 has_qkv_bias=True,
                 has_o_bias=True,
                 has_mlp_bias=True,

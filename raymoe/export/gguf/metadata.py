@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymoe.architectures import DenseSpec
+from raymoe.architectures.rope import longrope_magnitude, original_length
 from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR, SLIDING
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.export.gguf.choose_target import Target, rope_base, yarn_attention_factor
@@ -200,7 +201,7 @@ def _add_rope(writer: Any, spec: DenseSpec) -> None:
     writer.add_rope_dimension_count(spec.rotary_dim)
     scaling = spec.rope_scaling or {"rope_type": "default"}
     writer.add_rope_freq_base(rope_base(spec))
-    # Llama 3's scaling is in the tensor rope_freqs. Dynamic scaling begins only after the file's context length.
+    # Factors of llama3 and longrope are tensors. Dynamic scaling begins only after the file's context length.
     if scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
@@ -210,6 +211,10 @@ def _add_rope(writer: Any, spec: DenseSpec) -> None:
         writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings") or spec.max_positions)
         if (attention := yarn_attention_factor(scaling)) != 1.0:
             writer.add_rope_scaling_attn_factors(attention)
+    elif scaling["rope_type"] == "longrope":
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(int(original_length(scaling, spec.max_positions)))
+        writer.add_rope_scaling_attn_factors(longrope_magnitude(scaling, spec.max_positions))
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from raymoe.architectures import DenseSpec
 from raymoe.architectures.tensor_tables import ATTENTION
 from raymoe.checkpoints.weight_table import RoutingRule
-from raymoe.export.gguf.choose_target import Target
+from raymoe.export.gguf.choose_target import Target, is_longrope
 from raymoe.export.gguf.options import TYPES, TensorType
 from raymoe.export.gguf.tensor_map import TensorMapping, map_tensor
 from raymoe.export.gguf.tensor_ops import IDENTITY, TensorOp
@@ -112,6 +112,9 @@ def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
         factors = _factors_of_windowless_layers(spec)
     if factors is not None:
         yield _constant_tensor("rope_freqs.weight", factors.tolist())
+    if is_longrope(spec):
+        for length in ("long", "short"):
+            yield _constant_tensor(f"rope_factors_{length}.weight", (spec.rope_scaling or {})[f"{length}_factor"])
     if target.architecture.score_function == "sigmoid" and target.rule is not None:
         # The bias on the scores that choose experts; in a merge it is zero (`mixture_checks.check_mixture`).
         for layer in range(spec.layers):

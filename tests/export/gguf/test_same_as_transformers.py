@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.errors import ProblemReport
@@ -37,6 +38,16 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
+        "long_factor": [2.0 + 0.5 * pair for pair in range(8)],
+    },
+    "original_max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
+    "rope_theta": 500.0,
+}
 ALPHA = {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 MULTIPLIERS = {
@@ -158,11 +169,11 @@ MORE_MERGES = (
 )
 
 
-def difference(model: Any, file: Path, tokens: int = 40) -> float:
+def difference(model: Any, file: Path, tokens: int = 40, context: int = 256) -> float:
     """The largest difference between log-probabilities of a next token, over the vocabulary."""
     ids = token_ids(tokens)
     expected = torch.log_softmax(logits_of(model, ids)[0, -1].double(), -1).numpy()
-    found = LlamaCpp(file).log_probs(ids[0].tolist(), VOCAB)
+    found = LlamaCpp(file, context).log_probs(ids[0].tolist(), VOCAB)
     return float(np.abs(found - expected).max())
 
 
@@ -179,6 +190,21 @@ def test_merges(case: Case, merged: Callable[..., Path], tmp_path: Path) -> None
             layer.experts.act_fn = GeluOfLlamaCpp()
             layer.act_fn = layer.experts.act_fn  # of its input, in E2B and E4B
     assert difference(model, written.path, case.tokens) < CLOSE
+
+
+def test_longrope_has_factors_for_short_and_for_long_contexts(merged: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp chooses by its context (a multiple of 256 tokens), transformers by the text."""
+    folder = merged("phi3", "mixtral", model=LONGROPE)
+    written = write_gguf(folder, tmp_path / "model.gguf")
+    (warning,) = written.warnings
+    option = "--override-kv llama.context_length=int:1024"
+    assert written.architecture == "llama" and "names 256 tokens" in warning and warning.endswith(option)
+    model = load_merged(folder)
+    assert difference(model, written.path, tokens=40, context=256) < CLOSE
+    length = GGUFReader(written.path, "r+").fields["llama.context_length"]  # what the option does
+    length.parts[length.data[0]][0] = 1024
+    assert difference(model, written.path, tokens=300, context=1024) < CLOSE
+    assert difference(model, written.path, tokens=40, context=1024) > 100 * CLOSE
 
 
 @pytest.mark.parametrize(
