@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from raymoe.config.model_refs import paths_in_label
 from raymoe.console import say
 from raymoe.errors import ProblemReport
 from raymoe.planning.plan import MergePlan
@@ -41,7 +42,7 @@ def merge_and_push(
     Raises ProblemReport before the merge starts, with all problems that prevent the merge or the push.
     """
     out = open_target(output, settings)
-    models = [name for source in plan.sources for name in source.label.split("+")]
+    models = [name for source in plan.sources for name in paths_in_label(source.label)]
     of_source = source_problem(target, models)
     of_output = output_problems(plan, out, settings)
     if problems := [*target_problems(target), *((of_source,) if of_source else ()), *of_output]:

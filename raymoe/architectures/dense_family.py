@@ -86,6 +86,8 @@ class DenseFamily:
     Attributes:
         model_type: Its `model_type` in config.json.
         title: Its name in messages and docs.
+        class_name: Its class in transformers, the entry of `architectures` in config.json. Empty for families that no
+            mixture is read as.
         rows: Its tensors, in the order in which transformers writes them.
         defaults: Values that transformers assumes for keys that a config.json leaves out. A config saved by an older
             version leaves out what was the default then.
@@ -125,6 +127,7 @@ class DenseFamily:
     title: str
     rows: tuple[TensorRow, ...]
     defaults: Mapping[str, Any]
+    class_name: str = ""
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, bool] = field(default_factory=dict)

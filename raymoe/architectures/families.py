@@ -118,6 +118,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
     for family in (
         DenseFamily(
             model_type="llama",
+            class_name="LlamaForCausalLM",
             title="Llama",
             rows=LLAMA_ROWS,
             has_plain_layers=True,
@@ -126,6 +127,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="mistral",
+            class_name="MistralForCausalLM",
             title="Mistral",
             rows=LLAMA_ROWS,
             has_plain_layers=True,
@@ -181,6 +183,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="qwen2",
+            class_name="Qwen2ForCausalLM",
             title="Qwen2, Qwen2.5",
             rows=LLAMA_ROWS,
             has_plain_layers=True,
@@ -191,6 +194,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="qwen3",
+            class_name="Qwen3ForCausalLM",
             title="Qwen3",
             rows=LLAMA_ROWS,
             has_plain_layers=True,
@@ -202,6 +206,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="qwen3_5_text",
+            class_name="Qwen3_5ForCausalLM",
             title="Qwen3.5 (text)",
             rows=QWEN3_5_ROWS,
             has_partial_rotary=True,
@@ -224,6 +229,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="gemma4_text",
+            class_name="Gemma4ForCausalLM",
             title="Gemma 4 (text)",
             rows=GEMMA4_ROWS,
             keys={"hidden_act": ("hidden_activation",)},
@@ -272,6 +278,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="seed_oss",
+            class_name="SeedOssForCausalLM",
             title="Seed-OSS",
             rows=LLAMA_ROWS,
             has_plain_layers=True,
@@ -289,6 +296,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="youtu",
+            class_name="YoutuForCausalLM",
             title="Youtu-LLM",
             rows=MLA_ROWS,
             switches=_ALL_BIASES,
@@ -345,6 +353,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="glm",
+            class_name="GlmForCausalLM",
             title="GLM-4 (9B)",
             rows=GLM_ROWS,
             has_partial_rotary=True,
@@ -390,6 +399,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="olmo2",
+            class_name="Olmo2ForCausalLM",
             title="OLMo 2",
             rows=OLMO2_ROWS,
             switches=_ALL_BIASES,
@@ -403,6 +413,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="granite",
+            class_name="GraniteForCausalLM",
             title="Granite 3",
             rows=LLAMA_ROWS,
             has_plain_layers=True,
@@ -419,6 +430,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="granite_swa",
+            class_name="GraniteSWAForCausalLM",
             title="Granite with windows",
             rows=GRANITE_SWA_ROWS,
             windows=cwm_windows,
@@ -441,6 +453,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="granitemoehybrid",
+            class_name="GraniteMoeHybridForCausalLM",
             title="Granite 4 (dense)",
             rows=GRANITE4_ROWS,
             keys={"intermediate_size": ("shared_intermediate_size", "intermediate_size")},
@@ -469,6 +482,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="ernie4_5",
+            class_name="Ernie4_5ForCausalLM",
             title="ERNIE 4.5",
             rows=LLAMA_ROWS,
             has_plain_layers=True,
@@ -507,6 +521,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="hunyuan_v1_dense",
+            class_name="HunYuanDenseV1ForCausalLM",
             title="Hunyuan (dense, v1)",
             rows=HUNYUAN_ROWS,
             has_rope_alpha=True,
@@ -545,6 +560,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="cohere2",
+            class_name="Cohere2ForCausalLM",
             title="Command R7B, Command A (Cohere 2)",
             rows=COHERE2_ROWS,
             rope_is_interleaved=True,
@@ -568,6 +584,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         ),
         DenseFamily(
             model_type="lfm2",
+            class_name="Lfm2ForCausalLM",
             title="LFM2",
             rows=LFM2_ROWS,
             keys={

@@ -36,12 +36,19 @@ class Selection:
 
 
 def select_moe_architecture(
-    base: DenseSpec, moe: MoeShape, *, forced: str | None, where: str, requirement: Requirement | None = None
+    base: DenseSpec,
+    moe: MoeShape,
+    *,
+    forced: str | None,
+    where: str,
+    requirement: Requirement | None = None,
+    preferred: str | None = None,
 ) -> Selection:
     """Choose the MoE architecture for a base model. The planner checks the experts' types against the base's.
 
     `forced` is the config's `architecture` and may be the start of a name or title ("qwen", "Mixtral"). `requirement`
-    is checked of architectures that can hold the model.
+    is checked of architectures that can hold the model. `preferred` names the architecture that a base from a mixture
+    has there: it is chosen if it fits, and none is forced.
     """
     candidates: Sequence[MoeArchitecture] = [
         architecture for architecture in MOE_ARCHITECTURES.values() if base.model_type in architecture.accepts
@@ -54,7 +61,9 @@ def select_moe_architecture(
             return Selection(architecture=None, problems=(Problem(where=where, what=what, remedy=f"one of: {names}"),))
     reasons = [(architecture, _reasons(architecture, base, moe, requirement)) for architecture in candidates]
     if fitting := [architecture for architecture, why_not in reasons if not why_not]:
-        return Selection(architecture=min(fitting, key=lambda architecture: architecture.is_second_choice(base)))
+        own = next((architecture for architecture in fitting if architecture.name == preferred), None)
+        first = own or min(fitting, key=lambda architecture: architecture.is_second_choice(base))
+        return Selection(architecture=first)
     details = "".join(f"\n      {architecture.title}: {'; '.join(why)}" for architecture, why in reasons)
     no_match = "no MoE architecture" if forced is None else f"architecture {forced!r}"
     can = "can" if forced is None else "can't"

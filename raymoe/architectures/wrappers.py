@@ -429,7 +429,8 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def mixture_wrapper(config: Mapping[str, Any], text_type: str) -> Wrapper | None:
     """The wrapper of a mixture of type `text_type` that has the encoder of the wrapper that `config` describes."""
     wrapper = find_wrapper(config)
-    found = MIXTURE_WRAPPERS.get(wrapper.mixture) if wrapper else None
+    name = (wrapper.mixture or (wrapper.model_type if has_encoder(config) else "")) if wrapper else ""
+    found = MIXTURE_WRAPPERS.get(name)
     return found if found and text_type in (found.text_type, found.plain_type) else None
 
 

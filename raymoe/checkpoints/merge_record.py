@@ -32,6 +32,8 @@ from raymoe.storage.checksums import xxh3_checksum
 from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, FileRecord
 
 RECORD_FORMAT = 1
+EXTRACTED = "extracted"
+"""The record's key with the expert that a dense model was taken out of a mixture as; records of merges lack it."""
 # Environment variables with the S3 endpoint, and with the profile that signs requests.
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _IDENTITY_VARIABLES = ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
@@ -45,16 +47,8 @@ def merge_record(
     plan: MergePlan, config: MergeConfig, files: Sequence[FileRecord], summary: RouterSummary | None
 ) -> dict[str, Any]:
     """The record's content. `options` are the settings besides the config that determine the output's bytes."""
-    samples = {
-        file.location: sample
-        for source in plan.sources
-        for file in source.files
-        if not has_changed(file) and (sample := recorded_sample(file)) is not None
-    }
     return {
-        "format": RECORD_FORMAT,
-        "raymoe_version": __version__,
-        "plan_digest": plan.digest,
+        **_identity(plan),
         "architecture": plan.architecture,
         "dtype": plan.dtype,
         "parameters": plan.totals.parameters,
@@ -64,6 +58,33 @@ def merge_record(
         "routers": summary.plain() if summary else None,
         # Written only for strict merges, so that records of other merges do not change.
         "options": {key: value for key, value in plan.options.to_record().items() if key != "strict" or value},
+        **_sources_and_files(plan, files),
+    }
+
+
+def extraction_record(plan: MergePlan, files: Sequence[FileRecord]) -> dict[str, Any]:
+    """The record of an expert that was taken out of a mixture, as a dense model. It is no record of a merge."""
+    return {
+        **_identity(plan),
+        EXTRACTED: plan.sources[0].label,
+        "dtype": plan.dtype,
+        "parameters": plan.totals.parameters,
+        **_sources_and_files(plan, files),
+    }
+
+
+def _identity(plan: MergePlan) -> dict[str, Any]:
+    return {"format": RECORD_FORMAT, "raymoe_version": __version__, "plan_digest": plan.digest}
+
+
+def _sources_and_files(plan: MergePlan, files: Sequence[FileRecord]) -> dict[str, Any]:
+    samples = {
+        file.location: sample
+        for source in plan.sources
+        for file in source.files
+        if not has_changed(file) and (sample := recorded_sample(file)) is not None
+    }
+    return {
         "sources": [
             {"owner": str(s.owner), "model": s.label, "revision": s.revision, "adapter": s.adapter}
             for s in plan.sources
@@ -134,7 +155,16 @@ class MergeRecord:
         """Raises ProblemReport."""
         return self._parsed(lambda: MergeOptions.from_record(self.content["options"]))
 
+    @property
+    def extracted(self) -> str | None:
+        """The expert of a mixture that was written as a dense model; None for a merge."""
+        found = self.content.get(EXTRACTED)
+        return found if isinstance(found, str) else None
+
     def _parsed(self, parse: Callable[[], _T]) -> _T:
+        if self.extracted is not None:
+            what = f"this is an expert that `raymoe extract` took out of a mixture ({self.extracted}), and no merge"
+            raise ProblemReport([Problem(where=self.where, what=what, remedy="name a folder that a merge wrote")])
         try:
             return parse()
         except KeyError as error:

@@ -18,46 +18,24 @@ from itertools import islice
 from typing import Any
 
 from raymoe.architectures import FAMILIES, DenseSpec, MoeArchitecture, find_moe_architecture, read_spec
-from raymoe.architectures.dense_spec import NULL_MEANS_NONE
+from raymoe.architectures.mixture_config import NoDenseModel, dense_config
 from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
-from raymoe.architectures.rope import rope_value_problems, rotary_share
+from raymoe.architectures.rope import rope_value_problems
 from raymoe.errors import Problem, ProblemReport, first_few
 from raymoe.planning.compatibility import check_tensors, load_spec
 from raymoe.planning.plan import HeadPermutation, WeightRef
-from raymoe.planning.tensor_sources import adapter_problems, head_permutation, slice_rows, weight_refs
+from raymoe.planning.tensor_sources import adapter_problems, head_permutation, weight_refs
 from raymoe.sources.dtypes import FLOAT_DTYPES
-from raymoe.sources.facts import ModelFacts, TensorEntry
+from raymoe.sources.facts import ModelFacts, TensorEntry, slice_rows
+from raymoe.sources.mixture import ffn_entries
 
-# Keys of a MoE config.json that have the same meaning in the dense model with the same attention and norms.
-_DENSE_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-    "per_layer_config",
-    "tie_word_embeddings",
-    "attention_bias",
-)
 TRANSPOSED = ("gate_up_t", "down_t")
 """The names of an expert's weights if they are stored transposed: gate and up (hidden, 2 * width), down (width,
 hidden)."""
 _FUSED = "experts.gate_up_proj"
+_EXPERT_WEIGHT = re.compile(r"\.experts\.(\d+)\.")
 # The most experts in all layers together, if those of a layer are in one tensor. (If each has its own tensors, there
 # are no more experts than tensors.) The largest mixtures have 60,000.
-_EXPERT_WEIGHT = re.compile(r"\.experts\.(\d+)\.")
 _MAX_FUSED = 200_000
 _NAMED = 4  # of many missing tensors
 _REMEDY = "name a merge as raymoe wrote it"
@@ -108,16 +86,6 @@ def dense_model(facts: ModelFacts, where: str) -> CheckpointModel:
     return CheckpointModel(label=facts.label, spec=spec, config=facts.config, weights=weight_refs(facts, spec))
 
 
-def is_mixture(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a mixture that raymoe writes. Some dense models have the same `model_type`, with
-    no experts."""
-    architecture = find_moe_architecture(config)
-    if architecture is None:
-        return False
-    _, experts = architecture.entry(config, architecture.experts_key)
-    return config.get("model_type") not in FAMILIES or bool(experts)
-
-
 def mixture_model(facts: ModelFacts) -> CheckpointModel:
     """A merged checkpoint. Raises ProblemReport if it has no architecture that raymoe writes, or lacks tensors."""
     found = find_moe_architecture(facts.config)
@@ -130,13 +98,11 @@ def mixture_model(facts: ModelFacts) -> CheckpointModel:
     where = f"{facts.label}/config.json"
     if problems := first_few(Problem(where=where, what=w, remedy=f"expected {expected}") for w, expected in odd_values):
         raise ProblemReport(problems)
-    in_part = (share := rotary_share(facts.config)) != 1.0 and architecture.dense_lacks_partial_rotary
-    if in_part and (not architecture.partial_rotary_family or facts.config.get("use_qk_norm")):
-        what = f"partial_rotary_factor is {share}: no dense model has this attention to evaluate it with"
-        raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what)])
-    config = _dense_config(architecture, facts.config)
-    if in_part:
-        config |= {"model_type": architecture.partial_rotary_family, "partial_rotary_factor": share}
+    try:
+        config = dense_config(architecture, facts.config)
+    except NoDenseModel as missing:
+        what = f"{missing}: no dense model has this attention to evaluate it with"
+        raise ProblemReport([Problem(where=where, what=what)]) from None
     spec = read_spec(config, facts.label)
     if not isinstance(spec, DenseSpec):
         raise ProblemReport(spec)
@@ -174,31 +140,6 @@ def active_parameters(facts: ModelFacts, model: CheckpointModel, per_token: int)
         if (found := _EXPERT_WEIGHT.search(name)) is not None and int(found[1]) >= per_token
     )
     return sum(math.prod(entry.shape) for entry in facts.index.tensors.values()) - sum(idle)
-
-
-def _dense_config(architecture: MoeArchitecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the dense model that has the mixture's attention and norms."""
-    family = FAMILIES[architecture.dense_family]
-    own_names = [name for names in family.keys.values() for name in names]
-    keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
-    # For these keys, null means that the model lacks the feature; for other keys, null means the default.
-    dense = {key: config[key] for key in keys & config.keys() if config[key] is not None or key in NULL_MEANS_NONE}
-    dense |= {"model_type": _read_as(architecture, config), **architecture.dense_keys}
-    # A MoE architecture may use this name for the width of its shared expert.
-    dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config.get("intermediate_size"))
-    scaling = config.get("rope_scaling")
-    if scaling and isinstance(scaling, Mapping) and "rope_type" not in scaling:
-        dense["rope_scaling"] = {**scaling, "rope_type": scaling.get("type", "default")}
-    return dense
-
-
-def _read_as(architecture: MoeArchitecture, config: Mapping[str, Any]) -> str:
-    """The dense family that the mixture is read as."""
-    if architecture.windowed_family and config.get("sliding_window"):
-        return architecture.windowed_family
-    if architecture.qk_norm_family and config.get("use_qk_norm"):
-        return architecture.qk_norm_family
-    return architecture.dense_family
 
 
 def _routing_rule(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseSpec) -> RoutingRule:
@@ -296,11 +237,11 @@ def _entries(
         prefix = f"model.layers.{layer}.{spec.family.ffn}."
         yield f"{prefix}router", tensors[architecture.router.format(layer=layer)]
         for expert in range(rule.experts):
-            of_expert = _transposed_ffn if architecture.transposes_experts else _ffn
+            of_expert = _transposed_ffn if architecture.transposes_experts else ffn_entries
             for role, entry in of_expert(architecture.expert, tensors, layer, expert):
                 yield f"{prefix}experts.{expert}.{role}", entry
         if rule.has_shared_expert:
-            for role, entry in _ffn(architecture.shared, tensors, layer, 0):
+            for role, entry in ffn_entries(architecture.shared, tensors, layer, 0):
                 yield f"{prefix}shared.{role}", entry
             if rule.has_shared_gate:
                 yield f"{prefix}shared_router", tensors[architecture.shared_router.format(layer=layer)]
@@ -315,19 +256,3 @@ def _transposed_ffn(
         _, rows, width = entry.shape
         flat = replace(entry, shape=(entry.shape[0] * rows, width))
         yield name, slice_rows(flat, expert * rows, (expert + 1) * rows)
-
-
-def _ffn(
-    names: Mapping[str, str], tensors: Mapping[str, TensorEntry], layer: int, expert: int
-) -> Iterator[tuple[str, TensorEntry]]:
-    """(gate, up or down, its entry): a tensor, or rows of one that holds several of them, or all experts'."""
-    for role, template in names.items():
-        entry = tensors[template.format(layer=layer, expert=expert)]
-        together = [other for other in names if names[other] == template]
-        if len(entry.shape) == 3:
-            experts, rows, width = entry.shape
-            entry = slice_rows(replace(entry, shape=(experts * rows, width)), expert * rows, (expert + 1) * rows)
-        if len(together) > 1:
-            rows, at = entry.shape[0] // len(together), together.index(role)
-            entry = slice_rows(entry, at * rows, (at + 1) * rows)
-        yield role[4:], entry

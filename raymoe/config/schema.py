@@ -26,7 +26,7 @@ from raymoe.config.coerce import (
     parse_text,
     value_error,
 )
-from raymoe.config.model_refs import ModelRef, parse_model_ref
+from raymoe.config.model_refs import ModelRef, parse_expert, parse_model_ref, with_expert
 from raymoe.config.prompt_sources import PromptFile, Prompts
 from raymoe.config.source_positions import Loc, short_repr, short_text, yaml_kind
 from raymoe.config.storage_block import plain_storage, storage_options
@@ -121,14 +121,29 @@ def _parse_ref(value: Any) -> ModelRef:
 
 
 def _plain_ref(ref: ModelRef) -> str | dict[str, Any]:
-    """A model as text; as mergekit's mapping if a name holds '+' or '@', since text is split there."""
+    """A model as text; as mergekit's mapping if a name holds '+', '@' or '#', since text is split there."""
     parts = {"model": ref.model} if ref.adapter is None else {"model": ref.model, "lora": ref.adapter}
-    if not any(sign in f"{part.path}{part.revision}" for part in parts.values() for sign in "+@"):
+    if not any(sign in f"{part.path}{part.revision}" for part in parts.values() for sign in "+@#"):
         return str(ref)
-    return {key: {"path": part.path, "revision": part.revision} for key, part in parts.items()}
+    plain: dict[str, Any] = {key: {"path": part.path, "revision": part.revision} for key, part in parts.items()}
+    return plain if ref.expert is None else {**plain, "expert": ref.expert}
 
 
 def _parse_expert(value: Any) -> Any:
+    """One entry of `experts`. Its key `expert` becomes a part of `source_model`: both name one model."""
+    if isinstance(value, Mapping) and "expert" in value:
+        others = {key: each for key, each in value.items() if key != "expert"}
+        if value["expert"] is None or "source_model" not in others:
+            return others
+        try:
+            number = parse_expert(value["expert"])
+        except ValueError as error:
+            raise value_error(str(error), "write expert: 0 for the first expert of the mixture") from None
+        ref = _parse_ref(others["source_model"])
+        try:
+            return {**others, "source_model": with_expert(ref, number)}
+        except ValueError as error:
+            raise value_error(str(error), "leave out one of them") from None
     if isinstance(value, (Mapping, ExpertConfig)):
         return value
     name = short_text(value) if isinstance(value, str) else "org/name"
@@ -157,6 +172,7 @@ Model = Annotated[ModelRef, PlainValidator(_parse_ref), PlainSerializer(_plain_r
 class ExpertConfig(BaseModel):
     """One expert: the model that gives its FFN weights, and the prompts it should be good at.
 
+    In a config, `expert` beside `source_model` names one expert of a mixture; here it is a part of `source_model`.
     `noise_scale` is the standard deviation of Gaussian noise added to the FFN weights; `residual_scale` is a factor on
     the FFN's output. `None` leaves the weights as they are. `chat_template` is raymoe's own key: `None` means that of
     the whole config.

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raymoe.architectures.mixture_config import is_mixture
+from raymoe.checkpoints.merge_record import read_record
 from raymoe.checkpoints.open_checkpoint import open_checkpoint
-from raymoe.checkpoints.weight_table import CheckpointModel, dense_model, is_mixture, mixture_model
+from raymoe.checkpoints.weight_table import CheckpointModel, dense_model, mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import Problem, ProblemCollector, ProblemReport
 from raymoe.evaluation.dataset import LabeledText, TokenizedTexts, tokenize_texts
@@ -55,7 +57,7 @@ def is_merge(place: str | Path, storage: StorageOptions) -> bool:
         return False
     folder = open_checkpoint(place, storage)
     if folder.find(RECORD_NAME) is not None:
-        return True
+        return read_record(folder).extracted is None
     return folder.find("config.json") is not None and is_mixture(read_json_object(folder, "config.json"))
 
 

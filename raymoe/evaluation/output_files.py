@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.checkpoints.open_checkpoint import read_object
-from raymoe.config.model_refs import is_local_folder, parse_model_ref
+from raymoe.config.model_refs import is_local_folder, parse_model_ref, without_expert
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.location import Location
 from raymoe.safe_text import json_text
@@ -109,7 +109,7 @@ def _recorded_folders(sources: object) -> Iterator[tuple[str, str]]:
     for source in sources if isinstance(sources, list) else ():
         if isinstance(source, Mapping):
             owner, adapter = str(source.get("owner")), str(source.get("adapter") or "")
-            model = str(source.get("model")).removesuffix(f"+{adapter}")
+            model = without_expert(str(source.get("model")).removesuffix(f"+{adapter}"))
             yield from ((owner, folder) for folder in (model, adapter) if os.path.isabs(folder))
 
 

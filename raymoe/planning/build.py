@@ -21,13 +21,16 @@ from raymoe.formatting import human_bytes
 from raymoe.gate_modes import MODES
 from raymoe.planning.backbone import Backbone, plan_backbone, plan_moments
 from raymoe.planning.compatibility import (
+    are_of_one_family,
     check_expert,
     check_tensors,
     expert_warnings,
+    ffn_names,
     find_non_finite,
     is_tied_by_config,
     load_spec,
     text_part_warnings,
+    whole_mixture_problem,
 )
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.engine_checks import engine_requirement, engine_warnings, merge_features
@@ -99,11 +102,16 @@ def build_plan(
     if base is None:
         raise ProblemReport(problems)
     problems += _tokenizer_problems(config, base_facts)
+    problems += _prompt_model_problems(config, base_facts)
+    problems += _permuted_head_problems(
+        config, {"base_model": base_facts, **{_expert_key(m): m.facts for m in members}}
+    )
     moe = _moe_shape(config)
     selection = select_moe_architecture(
         base,
         moe,
         forced=config.architecture,
+        preferred=base_facts.mixture.architecture if base_facts.mixture else None,
         where="architecture" if config.architecture or not config.engines else "engines",
         requirement=engine_requirement(config.engines, base, moe),
     )
@@ -112,7 +120,14 @@ def build_plan(
     problems += adapter_problems(base_facts, base, "base_model", ffn_only=False)
     for member in members:
         where = f"{_expert_key(member)} ({member.facts.label})"
-        problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)
+        problems += check_expert(
+            base,
+            member.spec,
+            where,
+            allow_crimes=options.allow_crimes,
+            are_of_one_family=are_of_one_family(base_facts, base, member.facts, member.spec),
+        )
+        problems += _graft_problems(config, base, member, where)
         reads_gates = _prompt_model(config) == "expert" and MODES[config.gate_mode].needs_forward_pass
         reads_backbone = config.backbone.needs_prompts and not member.is_shared
         whole = reads_gates or reads_backbone
@@ -145,6 +160,50 @@ def _tokenizer_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
     return [Problem(where=f"base_model ({base.label})", what=what, remedy=remedy)]
 
 
+def _prompt_model_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
+    """Whether the base has FFNs, if prompts pass its layers."""
+    if base.has_ffn or base.mixture is None or not MODES[config.gate_mode].needs_forward_pass:
+        return []
+    if _prompt_model(config) != "base":
+        return []
+    what = (
+        f"gate_mode {config.gate_mode} reads prompts with base_model, and this is a {base.mixture.title}, of which "
+        "only the backbone is used"
+    )
+    remedy = (
+        "use prompt_model: grafted, in which each expert's FFNs read its prompts, or write base_model: "
+        f"{config.base_model}#0, whose expert 0 reads all prompts"
+    )
+    return [Problem(where=f"base_model ({base.label})", what=what, remedy=remedy)]
+
+
+def _permuted_head_problems(config: MergeConfig, models: Mapping[str, ModelFacts]) -> list[Problem]:
+    """Views of mixtures whose attention only their own architecture computes, where it is computed or averaged."""
+    reader = f"gate_mode {config.gate_mode}" if MODES[config.gate_mode].needs_forward_pass else ""
+    reader = f"backbone: {config.backbone.method}" if config.backbone.is_merged else reader
+    of_experts = _prompt_model(config) == "expert" or config.backbone.is_merged
+    return [
+        Problem(
+            where=f"{where} ({facts.label})",
+            what=f"it is a {facts.mixture.title} with the rows of its heads in another order than those of a "
+            f"{facts.config['model_type']} model, and {reader} computes with them",
+            remedy="use gate_mode: random or cheap_embed and backbone: base",
+        )
+        for where, facts in models.items()
+        if facts.mixture and facts.mixture.has_permuted_heads and reader and (where == "base_model" or of_experts)
+    ]
+
+
+def _graft_problems(config: MergeConfig, base: DenseSpec, member: Member, where: str) -> list[Problem]:
+    """Whether an expert's FFNs have the names of the base's, if they take their place when prompts are read."""
+    if _prompt_model(config) != "grafted" or not MODES[config.gate_mode].needs_forward_pass:
+        return []
+    if member.spec.model_type == base.model_type or ffn_names(member.spec) == ffn_names(base):
+        return []
+    what = f"a {member.spec.model_type} model stores its FFN differently from a {base.model_type} model"
+    return [Problem(where=where, what=what, remedy="use prompt_model: base or expert")]
+
+
 def _prompt_model(config: MergeConfig) -> str:
     return config.prompt_model or MODES[config.gate_mode].default_prompt_model
 
@@ -162,7 +221,11 @@ def _plan_members(
     for kind, key in CONFIG_KEYS.items():
         for number, expert in enumerate(getattr(config, key)):
             model = facts[expert.source_model]
-            spec, found = load_spec(model, f"{key}[{number}].source_model")
+            where = f"{key}[{number}].source_model"
+            if (whole := whole_mixture_problem(model, where)) is not None:
+                problems.append(whole)
+                continue
+            spec, found = load_spec(model, where)
             # A problem of a model type is reported once.
             problems += [problem for problem in found if problem.what not in said]
             said.update(problem.what for problem in found)
@@ -254,7 +317,12 @@ def _assemble(
         w
         for m in members
         for w in [
-            *expert_warnings(base, m.spec, _expert_key(m)),
+            *expert_warnings(
+                base,
+                m.spec,
+                _expert_key(m),
+                are_of_one_family=are_of_one_family(base_facts, base, m.facts, m.spec),
+            ),
             *adapter_warnings(m, _expert_key(m), backbone.used_of(m.owner)),
             *text_part_warnings(m.facts, _expert_key(m)),
         ]
@@ -267,9 +335,8 @@ def _assemble(
     side_files = tuple(
         file
         for file in base_facts.side_files
-        if file.name == _GENERATION_CONFIG
+        if travels_with_text(file, copy_tokenizer=options.copy_tokenizer)
         or (matches(file.name, PROCESSOR_FILES) and wrapper is not None)
-        or (options.copy_tokenizer and not matches(file.name, PROCESSOR_FILES))
     )
     if wrapper is not None:
         output_config = wrapped_config(wrapper, base_facts.wrapper_config, output_config)
@@ -282,7 +349,7 @@ def _assemble(
         shards=shards,
         side_files=side_files,
         gates=gates,
-        sources=(_source(BASE, base_facts), *(_source(m.owner, m.facts) for m in members)),
+        sources=(plan_source(BASE, base_facts), *(plan_source(m.owner, m.facts) for m in members)),
         totals=compute_totals(shards, moe, gates, moments),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
@@ -359,7 +426,7 @@ def _gate_plan(
         if mode.needs_prompts and prompt_model == "expert" and mode.needs_forward_pass:
             weights, model_config = needed(weight_refs(member.facts, member.spec)), member.facts.config
         elif mode.needs_prompts and prompt_model == "grafted":
-            weights = graft_ffn(base_weights, base, member)
+            weights = graft_ffn(base_weights, base, member, is_needed)
         return GatePrompts(
             owner=member.owner,
             positive=expand_prompts(expert.positive_prompts) if mode.needs_prompts else (),
@@ -386,7 +453,13 @@ def _gate_plan(
     )
 
 
-def _source(owner: Owner, facts: ModelFacts) -> Source:
+def travels_with_text(file: SideFile, *, copy_tokenizer: bool) -> bool:
+    """Whether a small file of a model is copied to an output that reads text only."""
+    return file.name == _GENERATION_CONFIG or (copy_tokenizer and not matches(file.name, PROCESSOR_FILES))
+
+
+def plan_source(owner: Owner, facts: ModelFacts) -> Source:
+    """A model as a plan lists it."""
     files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
     adapter = facts.adapter.label if facts.adapter else None
     return Source(

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from raymoe.architectures import DenseSpec, read_spec
+from raymoe.architectures import DenseSpec, find_moe_architecture, read_spec
+from raymoe.architectures.mixture_config import is_mixture
 from raymoe.architectures.wrappers import find_wrapper
 from raymoe.errors import Problem
 from raymoe.formatting import short_list
@@ -33,20 +34,48 @@ def load_spec(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Pro
     return None, [Problem(where=f"{where} ({p.where})", what=p.what, remedy=p.remedy) for p in result]
 
 
+def whole_mixture_problem(facts: ModelFacts, where: str) -> Problem | None:
+    """The problem of a mixture where one dense model is needed; None for all other models. `where`: its config key."""
+    if facts.mixture is not None and facts.mixture.expert is None:
+        what, experts = f"this is a {facts.mixture.title}", facts.mixture.experts
+    elif facts.mixture is None and (architecture := find_moe_architecture(facts.config)) and is_mixture(facts.config):
+        experts = architecture.entry(facts.config, architecture.experts_key)[1]
+        what = f"this is a {architecture.title} mixture of {experts!r:.20} experts"
+    else:
+        return None
+    last = f" (up to {experts - 1})" if isinstance(experts, int) and experts > 1 else ""
+    remedy = f"write expert: 0{last} beside source_model to use the FFNs of one of its experts"
+    return Problem(where=f"{where} ({facts.label})", what=f"{what}, but no expert is named", remedy=remedy)
+
+
+def are_of_one_family(facts: ModelFacts, spec: DenseSpec, other: ModelFacts, other_spec: DenseSpec) -> bool:
+    """Whether two models have FFNs of one dense family. A mixture's are those of all families that it takes."""
+    return bool(_families(facts, spec) & _families(other, other_spec))
+
+
+def _families(facts: ModelFacts, spec: DenseSpec) -> frozenset[str]:
+    return frozenset([spec.model_type, *(facts.mixture.families if facts.mixture else ())])
+
+
 def is_tied_by_config(facts: ModelFacts) -> bool:
     """True if config.json ties the embedding to the output head, explicitly or by its family's default."""
     result = read_spec(facts.config, facts.label)
     return isinstance(result, DenseSpec) and result.tied
 
 
-def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes: bool) -> list[Problem]:
-    """Problems that prevent this expert's FFN from replacing the base's."""
+def check_expert(
+    base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes: bool, are_of_one_family: bool = False
+) -> list[Problem]:
+    """Problems that prevent this expert's FFN from replacing the base's. `are_of_one_family`: one of the two is of a
+    mixture that takes experts of the other's family."""
     problems = []
-    if expert.model_type != base.model_type and not allow_crimes:
+    if are_of_one_family:
+        pass
+    elif expert.model_type != base.model_type and not allow_crimes:
         what = f"model_type is {expert.model_type!r}, but the base's is {base.model_type!r}"
         remedy = "use models of one type, or --allow-crimes if their FFNs are meant to be alike"
         problems.append(Problem(where=where, what=what, remedy=remedy))
-    elif expert.model_type != base.model_type and _ffn_names(expert) != _ffn_names(base):
+    elif expert.model_type != base.model_type and ffn_names(expert) != ffn_names(base):
         what = f"a {expert.model_type} model stores its FFN differently from a {base.model_type} model"
         problems.append(Problem(where=where, what=what, remedy="use models of one type"))
     for key, name in (
@@ -67,15 +96,16 @@ def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes
     return problems
 
 
-def _ffn_names(spec: DenseSpec) -> list[str]:
+def ffn_names(spec: DenseSpec) -> list[str]:
     """Names of an FFN's weights. Biases are left out: they are compared separately."""
     return [row.name for row in spec.rows() if row.is_ffn and not row.role.endswith(".bias")]
 
 
-def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]:
-    """Differences that are lost in the merged model, which has the base's attention and embeddings."""
+def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str, *, are_of_one_family: bool = False) -> list[str]:
+    """Differences that are lost in the merged model, which has the base's attention and embeddings.
+    `are_of_one_family` as for `check_expert`."""
     warnings = []
-    if expert.model_type != base.model_type:
+    if expert.model_type != base.model_type and not are_of_one_family:
         warnings.append(
             f"{where}: its FFNs are those of a {expert.model_type} model, in the layers of a {base.model_type} model"
         )
@@ -127,7 +157,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
     """Problems of missing tensors, shapes that differ from the config, and tensors that no row of the table names."""
     label = f"{where} ({facts.label})"
     expected = {name: (row, spec.shape_of(row)) for row, _, name in spec.tensors()}
-    needed = {name: shape for name, (row, shape) in expected.items() if row.is_ffn or not ffn_only}
+    needed = {name: shape for name, (row, shape) in expected.items() if (facts.has_ffn if row.is_ffn else not ffn_only)}
     tensors = facts.index.tensors
     problems = []
     missing = [name for name in needed if name not in tensors]

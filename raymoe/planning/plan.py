@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES
 from raymoe.architectures.wrappers import has_encoder, text_part
 from raymoe.formatting import human_bytes, human_count, plural
 from raymoe.gate_modes import MODES
@@ -76,10 +77,17 @@ class HeadPermutation:
 
     An interleaved RoPE rotates neighbours (0 with 1, 2 with 3, ...). With permuted rows, a half-split RoPE, which
     rotates the first half with the second, computes the same: products of q and k do not depend on the order.
+    `inverse`: the other way, from half-split heads to interleaved ones; None: no.
     """
 
     head_dim: int
     rotary_dim: int
+    inverse: bool | None = None
+
+    @property
+    def order(self) -> list[int]:
+        """For each row of a head of the result, its index in the head that is read."""
+        return self.to_interleaved if self.inverse else self.to_half_split
 
     @property
     def to_half_split(self) -> list[int]:
@@ -529,6 +537,12 @@ class MergePlan:
             ("gates", f"gate mode {self.gates.mode}"),
             ("digest", f"digest {self.digest[:12]}"),
         )
+
+    @property
+    def title(self) -> str:
+        """The title of what is written: of a MoE architecture, or of the dense family of an extracted expert."""
+        found = MOE_ARCHITECTURES.get(self.architecture)
+        return found.title if found is not None and self.gates.experts else FAMILIES[self.architecture].title
 
     @property
     def text_config(self) -> Mapping[str, Any]:

@@ -60,7 +60,8 @@ def plan_merge(
         raise ProblemReport(wrong)
     collector = ProblemCollector()
     concrete = collector.run(read_prompts, config)
-    facts = collector.run(resolve_models, config.models, hub, config.storage, remote_folders, [config.base_model], kept)
+    of_base = [config.base_model]
+    facts = collector.run(resolve_models, config.models, hub, config.storage, remote_folders, of_base, kept, of_base)
     if facts is None:
         raise collector.report()
     base = facts[config.base_model]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
@@ -28,7 +28,7 @@ from raymoe.planning.plan import (
 )
 from raymoe.planning.shard_packing import OutputTensor, Piece
 from raymoe.sources.dtypes import DTYPE_BYTES
-from raymoe.sources.facts import AdapterFacts, LoraPair, ModelFacts, TensorEntry
+from raymoe.sources.facts import AdapterFacts, LoraPair, ModelFacts, slice_rows
 from raymoe.sources.lora import LORA_ON_TIED_HEAD, MERGE_WITH_PEFT
 from raymoe.tensor_names import HEAD
 
@@ -65,7 +65,8 @@ def base_tensors(
     merged: Mapping[str, WeightRef],
 ) -> Iterator[OutputTensor]:
     """Embeddings, norms, attention, head: the base's, except those that are `merged`, by their names in the base."""
-    heads = head_permutation(spec, architecture)
+    is_permuted = facts.mixture is not None and facts.mixture.has_permuted_heads
+    heads = None if is_permuted else head_permutation(spec, architecture)
     for matrix in _matrices(facts, spec, dtype, ffn=False, instead=merged):
         what = _permute_heads(matrix.what, heads) if heads and matrix.role in ROTARY_ROLES else matrix.what
         for template in architecture.backbone_names(matrix.role, spec):
@@ -235,7 +236,7 @@ def _matrices(
         for role, first, last in spec.fused_parts(row):
             shape = (last - first, *spec.shape_of(row)[1:])
             part = entry if shape == entry.shape else slice_rows(entry, first, last)
-            part_lora = lora if lora is None or part is entry else _slice_lora(lora, first, last)
+            part_lora = lora if lora is None or part is entry else slice_lora(lora, first, last)
             # residual_scale applies where the FFN adds to the residual stream, on its last matrix.
             own_scale = scale if role == "ffn.down" else None
             what: PartSource
@@ -248,18 +249,8 @@ def _matrices(
             yield _Matrix(role=role, layer=layer, shape=shape, what=what)
 
 
-def slice_rows(entry: TensorEntry, first: int, last: int) -> TensorEntry:
-    """Rows [first, last) of a tensor as a tensor of its own: they are contiguous in its file."""
-    width = entry.nbytes // entry.shape[0]
-    return replace(
-        entry,
-        shape=(last - first, *entry.shape[1:]),
-        start=entry.start + first * width,
-        end=entry.start + last * width,
-    )
-
-
-def _slice_lora(lora: LoraPair, first: int, last: int) -> LoraPair:
+def slice_lora(lora: LoraPair, first: int, last: int) -> LoraPair:
+    """The changes of rows [first, last) of a tensor."""
     magnitude = slice_rows(lora.magnitude, first, last) if lora.magnitude is not None else None
     return replace(lora, b=slice_rows(lora.b, first, last), magnitude=magnitude)
 
@@ -283,14 +274,21 @@ def computed_tensors(
 def weight_refs(
     facts: ModelFacts, spec: DenseSpec, merged: Mapping[str, WeightRef] = MappingProxyType({})
 ) -> dict[str, WeightRef]:
-    """Parameter name -> tensor to load, for a model that reads prompts; `merged` as in `base_tensors`."""
-    return {name: merged.get(name) or weight_ref(facts, name) for _, _, name in spec.tensors()}
+    """Parameter name -> tensor to load, for a model that reads prompts; `merged` as in `base_tensors`. The backbone of
+    a mixture gives those outside FFNs only."""
+    return {
+        name: merged.get(name) or weight_ref(facts, name)
+        for row, _, name in spec.tensors()
+        if facts.has_ffn or not row.is_ffn
+    }
 
 
-def graft_ffn(refs: Mapping[str, WeightRef], spec: DenseSpec, member: Member) -> dict[str, WeightRef]:
-    """The parameters of a model that reads prompts, with an expert's FFN instead of its own."""
-    ffn = {name for row, _, name in spec.tensors() if row.is_ffn}
-    return {name: weight_ref(member.facts, name) if name in ffn else ref for name, ref in refs.items()}
+def graft_ffn(
+    refs: Mapping[str, WeightRef], spec: DenseSpec, member: Member, is_needed: Callable[[str], bool]
+) -> dict[str, WeightRef]:
+    """The parameters of a model that reads prompts, with an expert's FFN instead of its own, as far as needed."""
+    ffn = [name for row, _, name in spec.tensors() if row.is_ffn and is_needed(name)]
+    return {**refs, **{name: weight_ref(member.facts, name) for name in ffn}}
 
 
 def weight_ref(facts: ModelFacts, name: str) -> WeightRef:

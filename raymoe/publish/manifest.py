@@ -18,6 +18,7 @@ from pathlib import Path
 
 from raymoe.checkpoints.merge_record import MergeRecord, read_record
 from raymoe.checkpoints.open_checkpoint import open_checkpoint
+from raymoe.config.model_refs import paths_in_label
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.report.eval_card import PICTURE_NAME, routing_picture, with_evaluation
@@ -171,6 +172,8 @@ def _with_evaluation(
 
 
 def _title(record: MergeRecord) -> str:
+    if record.extracted is not None:
+        return "expert of a mixture"
     experts = sum(source.is_expert for source in record.sources)
     return f"{record.content.get('architecture', 'MoE')} merge of {experts} experts"
 
@@ -183,4 +186,4 @@ def _local_sources(record: MergeRecord) -> tuple[str, ...]:
 
 def _sources(record: MergeRecord) -> list[str]:
     """Models and adapters of a record."""
-    return [name for source in record.sources for name in source.model.split("+")]
+    return [name for source in record.sources for name in paths_in_label(source.model)]

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.architectures import MoeArchitecture, find_moe_architecture
+from raymoe.architectures.mixture_config import is_mixture
 from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
-from raymoe.checkpoints.merge_record import MergeRecord, read_record, unreadable_record
+from raymoe.checkpoints.merge_record import EXTRACTED, MergeRecord, read_record, unreadable_record
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
-from raymoe.checkpoints.weight_table import is_mixture
 from raymoe.console import print_json, print_line
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import human_bytes, human_count
@@ -75,6 +75,8 @@ def _first_text(values: object) -> str:
 
 def _record_summary(record: MergeRecord) -> dict[str, Any]:
     """How a merge was made, from its record. Raises ProblemReport if it is not a record of raymoe."""
+    if record.extracted is not None:
+        return {key: record.content[key] for key in ("raymoe_version", EXTRACTED, "sources", "plan_digest")}
     keys, config = ("raymoe_version", "sources", "config", "plan_digest"), record.content.get("config")
     if missing := [key for key in keys if key not in record.content]:
         raise unreadable_record(record.where, f"it has no {', '.join(missing)}")
@@ -187,7 +189,9 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
                 f"mean cosine between experts' rows {cosine['mean']:.3f} ({cosine['min']:.3f} to {cosine['max']:.3f})"
             )
     merge = summary.get("merge")
-    if merge:
+    if merge and EXTRACTED in merge:
+        print_line(f"an expert that raymoe {merge['raymoe_version']} took out of a mixture: {merge[EXTRACTED]}")
+    elif merge:
         mode, backbone = merge["config"]["gate_mode"], _merged_backbone(merge["config"].get("backbone"))
         print_line(f"made by raymoe {merge['raymoe_version']}, gate mode {mode}{backbone}:")
         for source in merge["sources"]:

@@ -19,7 +19,7 @@ import yaml
 from raymoe._version import __version__
 from raymoe.architectures import MOE_ARCHITECTURES, MoeArchitecture, MoeShape
 from raymoe.config import ExpertConfig, MergeConfig, PromptFile
-from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder, short_name
+from raymoe.config.model_refs import ModelRef, PathRef, expert_suffix, is_local_folder, short_name
 from raymoe.engines import ENGINES, OTHERWISE, SAME
 from raymoe.engines.table import RUN
 from raymoe.formatting import human_count
@@ -107,12 +107,17 @@ def _title_section(plan: MergePlan, config: MergeConfig, architecture: MoeArchit
 def _title(config: MergeConfig, architecture: MoeArchitecture) -> str:
     """The title, with the names of experts if they differ."""
     refs = [expert.source_model for expert in config.experts]
-    names = list(dict.fromkeys(short_name(ref.model.path, ref.adapter.path if ref.adapter else None) for ref in refs))
+    names = list(dict.fromkeys(map(_short_name, refs)))
     if len(names) < 2:
         return f"{architecture.title} mixture of {len(refs)} experts"
     shown = [code_span(shorten(name, _TITLE_CHARACTERS)) for name in names[:_TITLE_NAMES]]
     last = f"{len(names) - _TITLE_NAMES} more" if len(names) > _TITLE_NAMES else shown.pop()
     return f"{architecture.title} mixture of {', '.join(shown)} and {last}"
+
+
+def _short_name(ref: ModelRef) -> str:
+    model = f"{ref.model.path}{expert_suffix(ref.expert)}"
+    return short_name(model, ref.adapter.path if ref.adapter else None)
 
 
 def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
@@ -296,7 +301,7 @@ def without_local_paths(config: MergeConfig) -> MergeConfig:
 
     def model(ref: ModelRef) -> ModelRef:
         paths = [replace(each, path=name(each.path)) if _is_local(each) else each for each in ref.paths]
-        return ModelRef(model=paths[0], adapter=paths[1] if len(paths) > 1 else None)
+        return replace(ref, model=paths[0], adapter=paths[1] if len(paths) > 1 else None)
 
     def prompts(value: Any) -> Any:
         is_file = isinstance(value, PromptFile) and value.location.kind.is_local

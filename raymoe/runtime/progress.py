@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.compute import peak_rss_bytes
-from raymoe.formatting import human_bytes, human_rate
+from raymoe.formatting import human_bytes, human_rate, plural
 from raymoe.gate_modes import MODES
 from raymoe.planning.plan import MergePlan
 from raymoe.progress_line import LiveDisplay, Pace
@@ -30,8 +29,9 @@ def merge_line(plan: MergePlan, output: str) -> str:
     """The first line of a merge: what it makes, and where."""
     size, shards = human_bytes(plan.totals.output_bytes), len(plan.shards)
     return (
-        f"{MOE_ARCHITECTURES[plan.architecture].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards "
-        f"to {output}"
+        f"{plan.title}, {len(plan.gates.experts)} experts: {size} in {shards} shards to {output}"
+        if plan.gates.experts
+        else f"{plan.title}: {size} in {shards} {plural('shard', shards)} to {output}"
     )
 
 

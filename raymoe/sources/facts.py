@@ -10,7 +10,7 @@ All of it is plain data: it is pickled to Ray actors and compared in tests.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raymoe.object_store.location import LocationKind
@@ -90,6 +90,17 @@ class TensorEntry:
         return self.end - self.start
 
 
+def slice_rows(entry: TensorEntry, first: int, last: int) -> TensorEntry:
+    """Rows [first, last) of a tensor as a tensor of its own: they are contiguous in its file."""
+    width = entry.nbytes // entry.shape[0]
+    return replace(
+        entry,
+        shape=(last - first, *entry.shape[1:]),
+        start=entry.start + first * width,
+        end=entry.start + last * width,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointIndex:
     """All tensors of one checkpoint by name, and the files that hold them."""
@@ -140,6 +151,30 @@ class AdapterFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureFacts:
+    """The mixture of experts that a dense model is a view of (`sources.mixture`).
+
+    Attributes:
+        title: Its architecture and number of experts, for messages.
+        architecture: The name of its MoE architecture.
+        experts: How many experts it has.
+        expert: The one that gives the FFNs: a number, or `SHARED_EXPERT`. None: the view has no FFNs.
+        families: The dense families that the architecture takes experts of.
+        has_permuted_heads: Rows of q and k are in the order that the RoPE of the architecture has, and not in that of
+            the dense family.
+        output_factor: What the mixture multiplies the output of its experts by.
+    """
+
+    title: str
+    architecture: str
+    experts: int
+    expert: int | str | None
+    families: tuple[str, ...]
+    has_permuted_heads: bool = False
+    output_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """One resolved model.
 
@@ -150,7 +185,8 @@ class ModelFacts:
     a Hub model they are in the cache. `own_head`: it holds an lm_head.weight that differs from its embedding, even if
     config.json ties them. `wrapper_config` is the config.json of the image-text checkpoint that the model was taken
     out of (empty for a text model), and `rest` are that checkpoint's other tensors by their names there; `config` and
-    `index` are those of the text model.
+    `index` are those of the text model. `mixture`: the model is an expert of a mixture, or a mixture's backbone; its
+    `config` and `index` are those of a dense model, and its label ends with the expert (`org/name@<commit>#2`).
     """
 
     label: str
@@ -165,3 +201,9 @@ class ModelFacts:
     own_head: bool = False
     wrapper_config: Mapping[str, Any] = field(default_factory=dict)
     rest: Mapping[str, TensorEntry] = field(default_factory=dict)
+    mixture: MixtureFacts | None = None
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether it has FFNs: the backbone of a mixture has none."""
+        return self.mixture is None or self.mixture.expert is not None

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from raymoe.architectures.mixture_config import is_mixture
 from raymoe.architectures.original_context import context_warning, within_original_context
 from raymoe.architectures.wrappers import find_wrapper
-from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
+from raymoe.config.model_refs import ModelRef, PathRef, expert_suffix, is_local_folder
 from raymoe.errors import CheckpointError, Problem, ProblemCollector, first_few
 from raymoe.object_store.location import LocationKind
 from raymoe.object_store.options import StorageOptions
@@ -31,6 +32,7 @@ from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, o
 from raymoe.sources.kept_reads import KeptReads
 from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.lora import adapter_facts
+from raymoe.sources.mixture import DenseView, backbone_view, expert_view
 from raymoe.sources.output_head import has_own_head
 from raymoe.sources.quantization_check import leftover_warning, quantization_problems
 from raymoe.sources.unwrap import Unwrapped, unwrap
@@ -86,9 +88,12 @@ def resolve_models(
     remote_folders: RemoteFolderResolver | None = None,
     whole: Collection[ModelRef] | None = None,
     kept: KeptReads | None = None,
+    backbones: Collection[ModelRef] = (),
 ) -> dict[ModelRef, ModelFacts]:
     """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order.
 
+    A reference to an expert of a mixture gives the dense model with its FFNs. If one of `backbones` is a mixture, it
+    gives the mixture's backbone; any other mixture is given as it is.
     `remote_folders` looks for local folders that are not here. `whole` are the models of which more than the FFN is
     used (None: all of them): `ModelFacts.own_head` is determined for these only, since that may read two tensors.
     `kept` has what an earlier run read of objects, and gets what this one reads.
@@ -113,7 +118,7 @@ def resolve_models(
         model = opened.get((ref.model, False))
         adapter = opened.get((ref.adapter, True)) if ref.adapter else None
         if model and (adapter or not ref.adapter):
-            resolved = collector.run(_facts, ref, model, adapter)
+            resolved = collector.run(_facts, ref, model, adapter, as_backbone=ref in backbones)
             if resolved:
                 facts[ref] = replace(resolved, folders=folders_of(ref, options))
     if collector.problems:
@@ -300,8 +305,12 @@ def _reject_cache_folder(path: str) -> None:
     raise unusable_checkpoint(path, what, f"name the model by its Hub id, {'/'.join(names)}{where if commits else ''}")
 
 
-def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> ModelFacts:
+def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None, *, as_backbone: bool) -> ModelFacts:
     facts, warnings, index, own_head = None, model.warnings, model.index, model.own_head
+    view = _dense_view(ref, model, as_backbone=as_backbone)
+    label = f"{model.folder.label}{expert_suffix(ref.expert)}"
+    if view is not None:
+        warnings, index = warnings + view.warnings, view.index
     if adapter is not None:
         folder = adapter.folder
         facts = adapter_facts(
@@ -309,16 +318,16 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
             folder.revision,
             adapter.config,
             adapter.index,
-            model.index,
+            index,
             wrapper=find_wrapper(model.wrapper_config),
         )
         warnings += adapter.warnings + _other_base_warning(facts, ref.model)
         index = replace(index, tensors={**index.tensors, **facts.replaced})
         own_head = own_head or bool({HEAD, EMBEDDING} & facts.replaced.keys())
     return ModelFacts(
-        label=f"{model.folder.label}+{facts.label}" if facts else model.folder.label,
+        label=f"{label}+{facts.label}" if facts else label,
         revision=model.folder.revision,
-        config=model.config,
+        config=model.config if view is None else view.config,
         index=index,
         side_files=model.side_files,
         python_files=model.python_files,
@@ -327,7 +336,17 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
         own_head=own_head,
         wrapper_config=model.wrapper_config,
         rest=model.rest,
+        mixture=None if view is None else view.mixture,
     )
+
+
+def _dense_view(ref: ModelRef, model: OpenedFolder, *, as_backbone: bool) -> DenseView | None:
+    """The dense model that a mixture is used as; None if the model is used as it is."""
+    if ref.expert is not None:
+        return expert_view(model.folder.label, model.config, model.index, ref.expert)
+    if as_backbone and is_mixture(model.config):
+        return backbone_view(model.folder.label, model.config, model.index)
+    return None
 
 
 def _other_base_warning(adapter: AdapterFacts, model: PathRef) -> tuple[str, ...]:

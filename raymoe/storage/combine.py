@@ -89,7 +89,7 @@ def _combined_block(
     """The part's `own` rows of a block of rows."""
     block = combined_rows(reader, what.combination, rows, statistics)[own.start - rows.start : own.stop - rows.start]
     if what.heads is not None:
-        block = permute_heads(block, what.heads.head_dim, what.heads.to_half_split)
+        block = permute_heads(block, what.heads.head_dim, what.heads.order)
     return cast_block(reader, part, block, lambda: _non_finite_origin(reader, what.combination, rows))
 
 

@@ -114,7 +114,7 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
     if what.scale is not None:
         block *= np.float32(what.scale)
     if what.heads is not None:
-        block = permute_heads(block, what.heads.head_dim, what.heads.to_half_split)
+        block = permute_heads(block, what.heads.head_dim, what.heads.order)
     return cast_block(reader, part, block, lambda: _non_finite_origin(reader, what, rows))
 
 

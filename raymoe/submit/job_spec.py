@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -127,7 +127,7 @@ def _with_whole_paths(config: MergeConfig) -> MergeConfig:
 
 def _with_whole_paths_of(ref: ModelRef) -> ModelRef:
     adapter = _whole_path(ref.adapter) if ref.adapter else None
-    return ModelRef(model=_whole_path(ref.model), adapter=adapter)
+    return replace(ref, model=_whole_path(ref.model), adapter=adapter)
 
 
 def _whole_path(path: PathRef) -> PathRef:

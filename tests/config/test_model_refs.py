@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raymoe.config.model_refs import ModelRef, PathRef, parse_model_ref
+from raymoe.config.model_refs import ModelRef, PathRef, parse_model_ref, paths_in_label, short_name
 
 
 def ref(path: str, revision: str | None = None, adapter: tuple[str, str | None] | None = None) -> ModelRef:
@@ -41,7 +41,49 @@ def test_forms(value: object, expected: ModelRef) -> None:
     assert parse_model_ref(value) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["org/name", "org/name@v1", "a/b+c/d", "a/b@v1+c/d@v2"])
+@pytest.mark.parametrize(
+    ("value", "path", "revision", "expert", "adapter"),
+    [
+        ("org/mix#2", "org/mix", None, 2, None),
+        ("org/mix@v1#0", "org/mix", "v1", 0, None),
+        ("org/mix#shared", "org/mix", None, "shared", None),
+        ("org/mix#12+org/lora", "org/mix", None, 12, "org/lora"),
+        ("s3://bucket/mix#3", "s3://bucket/mix", None, 3, None),
+        ({"model": "org/mix", "expert": 2}, "org/mix", None, 2, None),
+        ({"model": "org/mix#2", "expert": 2}, "org/mix", None, 2, None),
+        ({"model": {"path": "org/mix", "revision": "v1"}, "expert": "shared"}, "org/mix", "v1", "shared", None),
+        ({"model": "org/mix#2", "lora": "org/lora"}, "org/mix", None, 2, "org/lora"),
+        ({"model": {"path": "s3://bucket/mix#3"}}, "s3://bucket/mix#3", None, None, None),
+        ("./folder#x", "./folder#x", None, None, None),
+        ("./folder#", "./folder#", None, None, None),
+    ],
+)
+def test_experts_of_mixtures(
+    value: object, path: str, revision: str | None, expert: int | str | None, adapter: str | None
+) -> None:
+    parsed = parse_model_ref(value)  # type: ignore[arg-type]
+    lora = None if adapter is None else PathRef(path=adapter)
+    assert parsed == ModelRef(model=PathRef(path=path, revision=revision), adapter=lora, expert=expert)
+
+
+def test_a_folder_wins_over_the_number_of_an_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mix#2", "with+plus"):
+        (tmp_path / name).mkdir()
+    assert parse_model_ref("mix#2") == ref("mix#2")
+    assert parse_model_ref("mix#2#1") == ModelRef(model=PathRef(path="mix#2"), expert=1)
+    assert parse_model_ref("with+plus#1") == ModelRef(model=PathRef(path="with+plus"), expert=1)
+
+
+def test_labels_name_their_models() -> None:
+    commit = "0123456789" * 4
+    assert paths_in_label(f"org/mix@{commit}#2+./lora") == [f"org/mix@{commit}", "./lora"]
+    assert short_name(f"org/mix@{commit}#2", None) == "mix#2"
+
+
+@pytest.mark.parametrize(
+    "text", ["org/name", "org/name@v1", "a/b+c/d", "a/b@v1+c/d@v2", "a/b#2", "a/b@v1#2+c/d@v2", "a/b#shared"]
+)
 def test_written_back(text: str) -> None:
     assert str(parse_model_ref(text)) == text
 
@@ -89,7 +131,7 @@ def test_an_existing_folder_wins_over_splitting(
         (["a/b"], "not list"),
         ({}, "has no 'model'"),
         ({"lora": "a/b"}, "has no 'model'"),
-        ({"model": "a/b", "adapter": "c/d"}, "unknown key adapter in a model; known: lora, model"),
+        ({"model": "a/b", "adapter": "c/d"}, "unknown key adapter in a model; known: expert, lora, model"),
         (
             {"model": {"path": "a/b", "rev": "x", "sub": 1}},
             "unknown keys rev, sub in 'model'; known: path, revision",

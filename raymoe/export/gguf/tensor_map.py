@@ -15,8 +15,7 @@ from raymoe.architectures import DenseSpec
 from raymoe.architectures.dense_family import TensorRow
 from raymoe.export.gguf.choose_target import Target
 from raymoe.export.gguf.tensor_ops import IDENTITY, TensorOp, interleave_order, minus_exp, plus_one
-from raymoe.planning.tensor_sources import slice_rows
-from raymoe.sources.facts import TensorEntry
+from raymoe.sources.facts import TensorEntry, slice_rows
 
 
 class TensorMapping(NamedTuple):
