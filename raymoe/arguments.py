@@ -44,6 +44,7 @@ class ConfigKeys(TypedDict, total=False):
     chat_template: bool
     backbone: str | Mapping[str, Any]
     modality: str
+    moe_layers: str | Sequence[int]
     storage: Mapping[str, Any]
 
 

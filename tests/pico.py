@@ -59,7 +59,7 @@ _SIZES: dict[str, Any] = {
 }
 # A family's usual shape where the configuration class has another default, too large for a pico model.
 # Multipliers differ from 1, and layers from each other, where a family has such things.
-_FAMILY: dict[str, dict[str, Any]] = {
+FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen3": {"head_dim": 16},
     "internlm3": {"head_dim": 16},
@@ -164,7 +164,7 @@ torch.set_num_threads(1)
 def make_config(family: str, **options: Any) -> Any:
     """The transformers config of a pico model; `options` are keys of config.json, in either generation's spelling."""
     # A copy: transformers writes what else it knows of RoPE into the mapping that it is given.
-    keys = copy.deepcopy({**_SIZES, **_FAMILY.get(family, {}), **options})
+    keys = copy.deepcopy({**_SIZES, **FAMILY_KEYS.get(family, {}), **options})
     return transformers.AutoConfig.for_model(family, **keys)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from raymoe.architectures.dense_family import FFN_ROLES
 from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.families import FAMILIES
+from raymoe.architectures.moe_layers import LayerRule
 from raymoe.tensor_names import EMBEDDING, HEAD, LAYER
 
 PER_TOKEN_KEY = "num_experts_per_tok"
@@ -63,6 +64,8 @@ class MoeShape:
         shared: How many experts run for every token, beyond these.
         shared_has_prompts: The shared experts have prompts.
         needs_prompts: The gate mode computes routers from prompts.
+        granularity: In how many experts each FFN is cut. `experts` and `experts_per_token` count these.
+        dense_layers: The layers without experts, in ascending order.
     """
 
     experts: int
@@ -70,6 +73,21 @@ class MoeShape:
     shared: int = 0
     shared_has_prompts: bool = False
     needs_prompts: bool = False
+    granularity: int = 1
+    dense_layers: tuple[int, ...] = ()
+
+    def width(self, spec: DenseSpec) -> int:
+        """The width of an expert that is made of a FFN of this model."""
+        return spec.intermediate // self.granularity
+
+    @property
+    def shared_widths(self) -> int:
+        """How many experts wide the shared experts are together."""
+        return self.shared * self.granularity
+
+    def layers(self, spec: DenseSpec) -> list[int]:
+        """The layers with experts."""
+        return [layer for layer in range(spec.layers) if layer not in self.dense_layers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +98,13 @@ class ConstantRow:
         name: Its name, with `{layer}`.
         shape: Its shape: numbers, and symbols of `DenseSpec.size_of`.
         value: The value that fills it, chosen so that it has no effect.
+        is_of_attention: It belongs to attention, so that layers without experts have it too.
     """
 
     name: str
     shape: tuple[str | int, ...]
     value: float = 0.0
+    is_of_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +136,7 @@ class MoeArchitecture:
         config: Keys that it adds to the config.json that `moe_config` makes.
         unsupported_reasons: Features of a dense model, or numbers of experts, that it can't represent: one text per
             reason, with the config key.
+        layer_rule: How its config.json says which layers have experts. None: all have them.
         dense_family: The family whose attention and norms it has. `raymoe eval` and `raymoe gguf` read a merge as one
             of this family.
         second_choice_for: Features of a model, as booleans of `DenseSpec`, that engines compute otherwise in it without
@@ -156,6 +177,7 @@ class MoeArchitecture:
     config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
     unsupported_reasons: Callable[[DenseSpec, MoeShape], list[str]]
     dense_family: str
+    layer_rule: LayerRule | None = None
     expert_also_read: Mapping[str, str] = field(default_factory=dict)
     wrapper: str = ""
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -231,6 +253,31 @@ class MoeArchitecture:
         """Whether all experts of a layer are in the same tensors."""
         return any("{expert}" not in name for name in self.expert.values())
 
+    def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
+        """The layers with experts of a mixture with this config.json, in ascending order. The others have a plain FFN,
+        whose tensors `layer_rule.ffn` names.
+
+        Example:
+            >>> keys = {"num_hidden_layers": 4, "mlp_only_layers": [0, 2]}
+            >>> MOE_ARCHITECTURES["qwen3_moe"].moe_layers(keys)
+            [1, 3]
+        """
+        layers = config["num_hidden_layers"]
+        return list(range(layers)) if self.layer_rule is None else self.layer_rule.read(config, layers)
+
+    def reasons_against(self, spec: DenseSpec, moe: MoeShape) -> list[str]:
+        """Why it can't represent a model with these experts: one text per reason, with the config key."""
+        return [*self.unsupported_reasons(spec, moe), *self._layer_reasons(spec, moe)]
+
+    def _layer_reasons(self, spec: DenseSpec, moe: MoeShape) -> list[str]:
+        if not moe.dense_layers:
+            return []
+        if self.layer_rule is None:
+            return ["moe_layers: it has experts in all layers"]
+        if self.layer_rule.write(spec, moe.layers(spec)) is None:
+            return [f"moe_layers: its experts may be in {self.layer_rule.text}"]
+        return []
+
     def as_stored(self, names: Container[str]) -> MoeArchitecture:
         """The architecture with the tensor names of experts that a checkpoint has; `names` are all its tensors."""
         other = (name.format(layer=0, expert=0) for name in self.expert_also_read.values())
@@ -292,6 +339,7 @@ def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) ->
         PER_TOKEN_KEY: moe.experts_per_token,
         **{key: value for key, value in spec.extra.items() if key in carried},
         **architecture.config(spec, moe),
+        **((architecture.layer_rule.write(spec, moe.layers(spec)) or {}) if architecture.layer_rule else {}),
     }
     if family.rope_kinds:
         return {key: value for key, value in keys.items() if key not in ("rope_scaling", "rope_theta")}

@@ -95,7 +95,7 @@ def _reasons(
 ) -> list[str]:
     if base.model_type not in architecture.accepts:
         return [f"takes {', '.join(architecture.accepts)} models only"]
-    reasons = architecture.unsupported_reasons(base, moe)
+    reasons = architecture.reasons_against(base, moe)
     return reasons if reasons or requirement is None else requirement.reasons(architecture)
 
 

@@ -6,6 +6,7 @@ the MoE block are under the FFN's name (`mlp.` in most families):
     mlp.experts.3.gate   mlp.experts.3.up   mlp.experts.3.down   mlp.router     (experts that are stored transposed:
     mlp.experts.3.gate_up_t                 mlp.experts.3.down_t                 columns of gate, then those of up)
     mlp.shared.gate      mlp.shared.up      mlp.shared.down      mlp.shared_router
+    mlp.plain.gate       mlp.plain.up       mlp.plain.down       (layers without experts: their FFN, and nothing else)
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class RoutingRule:
     then the highest `per_token` of them, made to sum to one if it `renormalizes`; a single one only if it
     `renormalizes_one`. `has_shared_gate`: the shared expert is weighted by the sigmoid of its own gate.
     `router_factor`: rows of the router are multiplied by it in the file.
+    `dense_layers`: the layers without experts.
     """
 
     experts: int
@@ -58,6 +60,11 @@ class RoutingRule:
     score_function: str = "softmax"
     router_factor: float = 1.0
     renormalizes_one: bool = True
+    dense_layers: tuple[int, ...] = ()
+
+    def moe_layers(self, layers: int) -> list[int]:
+        """Those of `layers` layers that have experts."""
+        return [layer for layer in range(layers) if layer not in self.dense_layers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +170,20 @@ def _routing_rule(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseS
         score_function=architecture.score_function,
         router_factor=architecture.router_factor(spec.hidden),
         renormalizes_one=architecture.renormalizes_one,
+        dense_layers=_dense_layers(architecture, facts, spec),
     )
+
+
+def _dense_layers(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseSpec) -> tuple[int, ...]:
+    """The layers without experts. Raises ProblemReport for values that no configuration class accepts."""
+    try:
+        chosen = set(architecture.moe_layers(facts.config))
+    except TypeError:
+        chosen = set()
+    if not chosen:
+        what = "its config.json gives experts to no layer, or says so in a form that is not known"
+        raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
+    return tuple(layer for layer in range(spec.layers) if layer not in chosen)
 
 
 def _output_names(architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingRule) -> Iterator[str]:
@@ -171,7 +191,10 @@ def _output_names(architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingR
     for row, layer, _ in spec.tensors():
         if not row.is_ffn:
             yield architecture.backbone[row.role].format(layer=layer)
-    for layer in range(spec.layers):
+    if architecture.layer_rule is not None:
+        for layer in rule.dense_layers:
+            yield from (name.format(layer=layer) for name in architecture.layer_rule.ffn.values())
+    for layer in rule.moe_layers(spec.layers):
         yield architecture.router.format(layer=layer)
         for name in architecture.expert.values():
             each = range(rule.experts) if "{expert}" in name else (0,)  # or all experts of a layer in one tensor
@@ -188,16 +211,15 @@ def _too_many_experts(
     """A problem if the tensors can't hold the number of experts in config.json, which may be any number."""
     if _find_fused_tensor(architecture, tensors):
         return None
-    what = f"config.json gives {rule.experts} experts to each of {spec.layers} layers"
+    layers = rule.moe_layers(spec.layers)
+    what = f"config.json gives {rule.experts} experts to each of {len(layers)} layers"
     if not architecture.is_fused:
         # Each expert has a tensor at least in each layer.
-        fits = rule.experts * spec.layers <= len(tensors)
+        fits = rule.experts * len(layers) <= len(tensors)
         return None if fits else f"{what}, which {len(tensors)} tensors can't hold"
-    if rule.experts * spec.layers > _MAX_FUSED:
+    if rule.experts * len(layers) > _MAX_FUSED:
         return f"{what} (at most {_MAX_FUSED:,} in all)"
-    names = (
-        name.format(layer=layer) for layer in range(spec.layers) for name in sorted({*architecture.expert.values()})
-    )
+    names = (name.format(layer=layer) for layer in layers for name in sorted({*architecture.expert.values()}))
     for name in names:
         shape = tensors[name].shape if name in tensors else (rule.experts, 1, 1)
         if len(shape) != 3 or shape[0] != rule.experts or 0 in shape:
@@ -233,7 +255,11 @@ def _entries(
     for row, layer, name in spec.tensors():
         if not row.is_ffn:
             yield name, tensors[architecture.backbone[row.role].format(layer=layer)]
-    for layer in range(spec.layers):
+    if architecture.layer_rule is not None:
+        for layer in rule.dense_layers:
+            for role, entry in ffn_entries(architecture.layer_rule.ffn, tensors, layer, 0):
+                yield f"model.layers.{layer}.{spec.family.ffn}.plain.{role}", entry
+    for layer in rule.moe_layers(spec.layers):
         prefix = f"model.layers.{layer}.{spec.family.ffn}."
         yield f"{prefix}router", tensors[architecture.router.format(layer=layer)]
         for expert in range(rule.experts):

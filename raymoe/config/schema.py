@@ -29,6 +29,7 @@ from raymoe.config.coerce import (
 from raymoe.config.model_refs import ModelRef, parse_expert, parse_model_ref, with_expert
 from raymoe.config.prompt_sources import PromptFile, Prompts
 from raymoe.config.source_positions import Loc, short_repr, short_text, yaml_kind
+from raymoe.config.start_keys import ALL_LAYERS, MoeLayers, parse_moe_layers
 from raymoe.config.storage_block import plain_storage, storage_options
 from raymoe.engines import ENGINES
 from raymoe.gate_modes import ALIASES, DEFAULT_MODE, MODES
@@ -195,10 +196,11 @@ class MergeConfig(BaseModel):
     """A whole merge config. Each value is valid by itself; `check_config` checks that they fit together.
 
     `dtype` is what the weights are stored in (`None`: what the base model's config names). `engines`, `prompt_model`,
-    `chat_template`, `modality`, `backbone` and `storage` are raymoe's own keys: which engines must compute the output
-    right; which model reads the prompts (`None`: the gate mode's default); whether it reads them as a user turn of its
-    chat template; whether the output reads images (`None`: if its base does and there is a MoE architecture with its
-    encoder); how attention, norms and embeddings are made; and how object stores are reached.
+    `chat_template`, `modality`, `backbone`, `moe_layers` and `storage` are raymoe's own keys: which engines must
+    compute the output right; which model reads the prompts (`None`: the gate mode's default); whether it reads them
+    as a user turn of its chat template; whether the output reads images (`None`: if its base does and there is a MoE
+    architecture with its encoder); how attention, norms and embeddings are made; which layers have experts; and how
+    object stores are reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -217,6 +219,7 @@ class MergeConfig(BaseModel):
     backbone: Annotated[
         BackboneConfig, PlainValidator(optional(parse_backbone, BASE_BACKBONE)), PlainSerializer(plain_backbone)
     ] = BASE_BACKBONE
+    moe_layers: Annotated[MoeLayers, PlainValidator(optional(parse_moe_layers, ALL_LAYERS))] = ALL_LAYERS
     storage: Annotated[StorageOptions, PlainValidator(_parse_storage), PlainSerializer(plain_storage)] = (
         StorageOptions()
     )

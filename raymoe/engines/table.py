@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from raymoe.engines.features import FEATURES
+
 SAME, OTHERWISE, FAILS, UNKNOWN = "same", "otherwise", "fails", "unknown"
 RUN, READ = "run", "read"
 COLUMNS = ("engine", "version", "architecture", "feature", "verdict", "found", "difference", "reason", "remedy")
@@ -98,14 +100,15 @@ def _by_architecture() -> Mapping[tuple[str, str], Mapping[str, EngineRow]]:
 
 
 def judge(engine: str, architecture: str, features: Collection[str]) -> Verdict:
-    """What an engine makes of a merge in an architecture with these features.
+    """What an engine makes of a merge in an architecture with these features. It is unknown if one of these is not in
+    `FEATURES`: no merge with it was looked at.
 
     Example:
         >>> judge("mlx", "mixtral", {"rope_llama3", "untied"}).status
         'otherwise'
     """
     rows = _by_architecture().get((engine, architecture), {})
-    if "" not in rows:
+    if "" not in rows or not FEATURES.keys() >= set(features):
         return Verdict(status=UNKNOWN)
     applying = [rows[""], *(rows[feature] for feature in sorted(features) if feature in rows)]
     status = max((row.verdict for row in applying), key=_RANKS.__getitem__)

@@ -155,7 +155,7 @@ class Generator:
 
         Shares count all tokens that the merge has read, except BOS: the prompt, and the answer without its last token.
         """
-        model, self._routing = self._model, TokenRouting(len(self._names))
+        model, self._routing = self._model, TokenRouting(len(self._names), self._moe_layers[0])
         with self._progress_line() as self._progress:
             self._progress.stage(stage, self._layer_steps)
             new = model.generate(ids, self._options, self._end_tokens)
@@ -176,11 +176,16 @@ class Generator:
     @property
     def _layer_steps(self) -> int:
         """The work of an answer of full length: one step per new token, or one that reads the prompt, in each layer."""
-        return max(1, self._options.max_new_tokens) * self._mixture.spec.layers
+        return max(1, self._options.max_new_tokens) * len(self._moe_layers)
+
+    @cached_property
+    def _moe_layers(self) -> list[int]:
+        assert self._mixture.rule is not None  # it is a mixture
+        return self._mixture.rule.moe_layers(self._mixture.spec.layers)
 
     def _progress_line(self) -> ProgressLine:
         """Counts layers, and shows whole tokens: one may take minutes if the weights do not fit in memory."""
-        layers, most = self._mixture.spec.layers, self._options.max_new_tokens
+        layers, most = len(self._moe_layers), self._options.max_new_tokens
         per_unit, unit = (layers, "new tokens") if most else (1, "layers of the model")
         return ProgressLine(
             lambda count: f"{int(count) // per_unit:,} {unit}",

@@ -19,7 +19,7 @@ import torch
 
 from raymoe.architectures import FAMILIES
 from raymoe.checkpoints.weight_table import CheckpointModel
-from raymoe.evaluation.moe_block import MoeBlock
+from raymoe.evaluation.moe_block import MoeBlock, make_ffn
 from raymoe.evaluation.options import GenerationOptions
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_weight
 from raymoe.routers.streamed_decoder import layer_weights, load_configuration, restore_heads
@@ -156,7 +156,7 @@ class GenerationModel:
         ffn = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
         layer.load_state_dict(own, assign=True)
-        setattr(layer, self._family.ffn, MoeBlock(self._rule, ffn))
+        setattr(layer, self._family.ffn, make_ffn(self._rule, ffn))
 
     def _before_layer(self, number: int, layer: torch.nn.Module, arguments: object) -> None:
         if number == 0 or self._loading is None:
@@ -166,8 +166,10 @@ class GenerationModel:
     def _after_layer(
         self, number: int, layer: torch.nn.Module, arguments: object, output: object, *, drop: bool
     ) -> None:
-        choice = getattr(layer, self._family.ffn).choice
-        self._on_routing(number, choice.experts.cpu().numpy(), choice.weights.float().cpu().numpy())
+        ffn = getattr(layer, self._family.ffn)
+        if isinstance(ffn, MoeBlock) and ffn.choice is not None:
+            choice = ffn.choice
+            self._on_routing(number, choice.experts.cpu().numpy(), choice.weights.float().cpu().numpy())
         if drop:
             setattr(layer, self._family.ffn, torch.nn.Identity())
             layer.load_state_dict(self._empty_layers[number], assign=True)

@@ -65,10 +65,11 @@ def gap_closed(merged: float, hidden: float, oracle: float) -> float | None:
 class RoutingCounts:
     """The choices of each layer's router for the tokens of each label; arrays are (labels, layers, experts)."""
 
-    def __init__(self, labels: Sequence[str], own: Sequence[int], layers: int, experts: int) -> None:
-        """`own` is the number of the expert of each label."""
+    def __init__(self, labels: Sequence[str], own: Sequence[int], layers: Sequence[int], experts: int) -> None:
+        """`own` is the number of the expert of each label, `layers` are those with experts."""
         self._labels, self._own = list(labels), np.array(own)
-        shape = (len(labels), layers, experts)
+        self._places = {layer: place for place, layer in enumerate(layers)}
+        shape = (len(labels), len(layers), experts)
         self._first, self._chosen, self._weight = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         self._slots = np.zeros(shape[:2])
         self._tokens = np.zeros(shape[:2])
@@ -80,7 +81,7 @@ class RoutingCounts:
 
         If a token's state has overflowed, its weights are NaN and count as zero.
         """
-        count = self._first.shape[2]
+        count, layer = self._first.shape[2], self._places[layer]
         weights_TK = np.nan_to_num(weights_TK, nan=0.0)
         self._first[label, layer] += np.bincount(experts_TK[:, 0], minlength=count)
         self._chosen[label, layer] += np.bincount(experts_TK.ravel(), minlength=count)

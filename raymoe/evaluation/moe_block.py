@@ -34,6 +34,22 @@ class Choice:
     weights: torch.Tensor
 
 
+def make_ffn(rule: RoutingRule, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """The module for the FFN of a layer, from its tensors: a MoE block, or a plain FFN if it has no experts."""
+    return MoeBlock(rule, tensors) if "router" in tensors else PlainFfn(rule, tensors)
+
+
+class PlainFfn(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy here
+    """The FFN of a layer without experts. `tensors` as in `MoeBlock`."""
+
+    def __init__(self, rule: RoutingRule, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._block = MoeBlock(rule, tensors)
+
+    def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        return self._block.run_ffn("plain", hidden_BTH)
+
+
 class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy here
     """`tensors` have the names of `checkpoints.weight_table`. `route` may be set before a call; `choice` is that of the
     last call."""
@@ -55,7 +71,7 @@ class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy h
             token, place = torch.where(self.choice.experts == expert)
             if len(token):
                 weights = self.choice.weights[token, place, None].to(states_NH.dtype)
-                output_NH.index_add_(0, token, self._ffn(f"experts.{expert}", states_NH[token]) * weights)
+                output_NH.index_add_(0, token, self.run_ffn(f"experts.{expert}", states_NH[token]) * weights)
         if self._rule.has_shared_expert:
             output_NH += self._shared(states_NH)
         return output_NH.reshape(hidden_BTH.shape)
@@ -79,13 +95,14 @@ class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy h
         return Choice(experts=chosen, weights=weights)
 
     def _shared(self, states_NH: torch.Tensor) -> torch.Tensor:
-        output_NH = self._ffn("shared", states_NH)
+        output_NH = self.run_ffn("shared", states_NH)
         if not self._rule.has_shared_gate:
             return output_NH
         gate = self._tensors["shared_router"] if self.route.shared_router is None else self.route.shared_router
         return torch.sigmoid(torch.nn.functional.linear(states_NH, gate)) * output_NH
 
-    def _ffn(self, name: str, states_NH: torch.Tensor) -> torch.Tensor:
+    def run_ffn(self, name: str, states_NH: torch.Tensor) -> torch.Tensor:
+        """The output of one of its FFNs, by the beginning of its tensors' names."""
         linear, held = torch.nn.functional.linear, self._tensors
         gate_up, down = (f"{name}.{each}" for each in TRANSPOSED)
         if gate_up in held:

@@ -75,6 +75,7 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
         "backbone": inputs.merge.config.backbone.method,
         "seed": inputs.merge.options.seed,
         "layers": inputs.mixture.spec.layers,
+        **({"moe_layers": rule.moe_layers(inputs.mixture.spec.layers)} if rule.dense_layers else {}),
         "experts_per_token": rule.per_token,
         **_by_top_k(inputs, options, loss),
         "experts": list(inputs.names),
@@ -136,7 +137,9 @@ class _Computation:
         labels, experts = inputs.labels, len(inputs.names)
         own = [inputs.label_experts[label] for label in labels]
         self._label_numbers = [labels.index(text.label) for text in inputs.texts]
-        self.counts = RoutingCounts(labels, own, inputs.mixture.spec.layers, experts)
+        assert inputs.mixture.rule is not None  # it is a mixture
+        self._moe_layers = inputs.mixture.rule.moe_layers(inputs.mixture.spec.layers)
+        self.counts = RoutingCounts(labels, own, self._moe_layers, experts)
         skipped = inputs.tokens.skipped
         self.samples = RoutingSamples(inputs.tokens.ids, [text.label for text in inputs.texts], skipped, experts)
 
@@ -188,7 +191,8 @@ class _Computation:
                 on_begin=lambda what: self._progress.stage(f"routers of gate mode hidden, {what}"),
             )
         mixture = self._inputs.mixture
-        dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.0.{mixture.spec.family.ffn}.router"].entry.dtype]
+        first = self._moe_layers[0]
+        dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.{first}.{mixture.spec.family.ffn}.router"].entry.dtype]
 
         def stacked(*, shared: bool) -> Float32:
             layers = [router_rows(gates, rows, Router(layer=layer, shared=shared)) for layer in range(gates.layers)]

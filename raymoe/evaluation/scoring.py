@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from raymoe.checkpoints.weight_table import CheckpointModel
-from raymoe.evaluation.moe_block import MoeBlock, Route
+from raymoe.evaluation.moe_block import MoeBlock, Route, make_ffn
 from raymoe.routers.streamed_decoder import StreamedDecoder
 from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batch_numbers, chunk_size
 from raymoe.storage.source_reader import SourceReader
@@ -93,7 +93,7 @@ class _Pass:
         device: str,
     ) -> None:
         self._model, self._texts, self._variants = model, texts, variants
-        ffn = partial(MoeBlock, model.rule) if model.rule else None
+        ffn = partial(make_ffn, model.rule) if model.rule else None
         self._decoder = StreamedDecoder(
             model, reader, device, ffn=ffn, head_permutation=model.head_permutation, exact=True
         )

@@ -11,14 +11,16 @@ from raymoe.evaluation.metrics import Float64, round_values
 class TokenRouting:
     """Per token and expert: first choices and router weight, summed over layers."""
 
-    def __init__(self, experts: int) -> None:
+    def __init__(self, experts: int, first_layer: int = 0) -> None:
+        """`first_layer`: the first layer with experts."""
+        self._first_layer = first_layer
         self._first: Float64 = np.zeros((0, experts))
         self._weight: Float64 = np.zeros((0, experts))
 
     def add(self, layer: int, experts_TK: npt.NDArray[np.int64], weights_TK: npt.NDArray[np.float32]) -> None:
-        """Add a layer's choices for the tokens of one step, highest score first. Steps begin with layer 0."""
+        """Add a layer's choices for the tokens of one step, highest score first. Steps begin with the first layer."""
         tokens, experts = len(experts_TK), self._first.shape[1]
-        if layer == 0:
+        if layer == self._first_layer:
             self._first = np.concatenate([self._first, np.zeros((tokens, experts))])
             self._weight = np.concatenate([self._weight, np.zeros((tokens, experts))])
         rows = np.arange(len(self._first) - tokens, len(self._first))

@@ -16,6 +16,7 @@ from raymoe.architectures.wrappers import MIXTURE_WRAPPERS, Wrapper, wrapped_con
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
+from raymoe.config.start_keys import MoeLayers, chosen_layers
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import human_bytes
 from raymoe.gate_modes import MODES
@@ -48,6 +49,7 @@ from raymoe.planning.tensor_sources import (
     computed_tensors,
     expert_tensors,
     graft_ffn,
+    plain_ffn_tensors,
     weight_refs,
 )
 from raymoe.planning.totals import compute_totals
@@ -106,7 +108,13 @@ def build_plan(
     problems += _permuted_head_problems(
         config, {"base_model": base_facts, **{_expert_key(m): m.facts for m in members}}
     )
-    moe = _moe_shape(config)
+    chosen = chosen_layers(config.moe_layers, base.layers)
+    if isinstance(chosen, str):
+        what = f"moe_layers is {_as_text(config.moe_layers)}, but {chosen}"
+        remedy = f"name layers from 0 to {base.layers - 1}, or leave it out"
+        raise ProblemReport([*problems, Problem(where="moe_layers", what=what, remedy=remedy)])
+    moe = _moe_shape(config, base, chosen)
+    problems += _plain_layer_problems(config, base_facts, moe)
     selection = select_moe_architecture(
         base,
         moe,
@@ -177,6 +185,18 @@ def _prompt_model_problems(config: MergeConfig, base: ModelFacts) -> list[Proble
     return [Problem(where=f"base_model ({base.label})", what=what, remedy=remedy)]
 
 
+def _plain_layer_problems(config: MergeConfig, base: ModelFacts, moe: MoeShape) -> list[Problem]:
+    """Whether the base has FFNs, if there are layers without experts."""
+    if base.has_ffn or base.mixture is None or not moe.dense_layers:
+        return []
+    what = (
+        "moe_layers leaves out layers, which get the base's FFN, and this is a "
+        f"{base.mixture.title}, of which only the backbone is used"
+    )
+    remedy = f"write base_model: {config.base_model}#0, whose expert 0 gives these layers their FFN"
+    return [Problem(where=f"base_model ({base.label})", what=what, remedy=remedy)]
+
+
 def _permuted_head_problems(config: MergeConfig, models: Mapping[str, ModelFacts]) -> list[Problem]:
     """Views of mixtures whose attention only their own architecture computes, where it is computed or averaged."""
     reader = f"gate_mode {config.gate_mode}" if MODES[config.gate_mode].needs_forward_pass else ""
@@ -237,13 +257,18 @@ def _plan_members(
     return members
 
 
-def _moe_shape(config: MergeConfig) -> MoeShape:
+def _as_text(layers: MoeLayers) -> str:
+    return layers if isinstance(layers, str) else f"[{', '.join(map(str, layers))}]"
+
+
+def _moe_shape(config: MergeConfig, base: DenseSpec, moe_layers: Sequence[int]) -> MoeShape:
     return MoeShape(
         experts=len(config.experts),
         experts_per_token=config.experts_per_token,
         shared=len(config.shared_experts),
         shared_has_prompts=any(e.positive_prompts or e.negative_prompts for e in config.shared_experts),
         needs_prompts=MODES[config.gate_mode].needs_prompts,
+        dense_layers=tuple(layer for layer in range(base.layers) if layer not in moe_layers),
     )
 
 
@@ -260,13 +285,14 @@ def _assemble(
     wrapper: Wrapper | None,
 ) -> MergePlan:
     tensors: list[OutputTensor] = list(base_tensors(base_facts, base, architecture, dtype, backbone.refs))
-    tensors += expert_tensors(members, architecture, dtype, options.seed)
+    tensors += plain_ffn_tensors(base_facts, base, moe, architecture, dtype)
+    tensors += expert_tensors(members, moe, architecture, dtype, options.seed)
     tensors += computed_tensors(base, moe, architecture, dtype)
     output_config = _output_config(base_facts.config, base, architecture, moe, dtype)
     if wrapper is not None:
         tensors = wrap_tensors(tensors, wrapper, base_facts)
     owners = [BASE, ALL_EXPERTS, *(m.owner for m in members), ALL_SHARED, ROUTER]
-    gates = _gate_plan(config, options, base_facts, base, members, backbone, bool(architecture.shared_router))
+    gates = _gate_plan(config, options, base_facts, base, moe, members, backbone, bool(architecture.shared_router))
     moments = plan_moments(config, members, backbone, gates.tokenizer_files)
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
     check_plan(shards, tensors)
@@ -404,15 +430,17 @@ def _gate_plan(
     options: MergeOptions,
     base_facts: ModelFacts,
     base: DenseSpec,
+    moe: MoeShape,
     members: Sequence[Member],
     backbone: Backbone,
     has_shared_gate: bool,
 ) -> GatePlan:
-    mode, prompt_model = MODES[config.gate_mode], _prompt_model(config)
+    mode, prompt_model, moe_layers = MODES[config.gate_mode], _prompt_model(config), moe.layers(base)
+    layers = moe_layers[-1] + 1  # later ones have no router, so that prompts need not pass them
 
     @cache
     def is_needed(name: str) -> bool:
-        return mode.needs_parameter(name, base.layers, base.family.ffn)
+        return mode.needs_parameter(name, layers, base.family.ffn)
 
     def needed(weights: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
         return {name: ref for name, ref in weights.items() if is_needed(name)}
@@ -426,7 +454,7 @@ def _gate_plan(
         if mode.needs_prompts and prompt_model == "expert" and mode.needs_forward_pass:
             weights, model_config = needed(weight_refs(member.facts, member.spec)), member.facts.config
         elif mode.needs_prompts and prompt_model == "grafted":
-            weights = graft_ffn(base_weights, base, member, is_needed)
+            weights = graft_ffn(base_weights, base, moe, member, is_needed)
         return GatePrompts(
             owner=member.owner,
             positive=expand_prompts(expert.positive_prompts) if mode.needs_prompts else (),
@@ -442,7 +470,8 @@ def _gate_plan(
     return GatePlan(
         mode=config.gate_mode,
         prompt_model=prompt_model,
-        layers=base.layers,
+        layers=layers,
+        router_layers=tuple(moe_layers) if moe.dense_layers else None,
         hidden=base.hidden,
         experts=tuple(prompts(m) for m in members if not m.is_shared),
         shared=tuple(prompts(m) for m in members if m.is_shared and has_shared_gate),

@@ -24,7 +24,9 @@ OUTPUT_FORMAT = 2
 # Names of classes and fields as they have always been in digests, which identify unfinished and finished merges.
 _DIGEST_NAMES = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantize": "quantise"}
 # Plans without these newer fields keep their digests.
-_LEFT_OUT_IF_NONE = frozenset({"whole", "magnitude", "heads", "content", "combined", "factor", "moments", "inverse"})
+_LEFT_OUT_IF_NONE = frozenset(
+    {"whole", "magnitude", "heads", "content", "combined", "factor", "moments", "inverse", "router_layers"}
+)
 # The text of a plan with 200,000 tensors has hundreds of megabytes. It is hashed in pieces by its outer levels: shard
 # by shard, and member by member of the gates.
 _LEVELS_IN_PIECES = 3

@@ -26,7 +26,8 @@ from raymoe.formatting import short_list
 
 
 def merge_features(base: DenseSpec, moe: MoeShape, architecture: MoeArchitecture) -> tuple[str, ...]:
-    """The features of a merge on which engines differ, sorted; names of `raymoe.engines.FEATURES`."""
+    """The features of a merge on which engines differ, sorted: names of `raymoe.engines.FEATURES`, and
+    `layers_without_experts`, with which no engine was looked at."""
     config = moe_config(architecture, base, moe)
     has_o_bias = base.o_bias or (bool(config.get("attention_bias")) and "attn.o.bias" in architecture.backbone)
     model = ServedModel(
@@ -38,7 +39,7 @@ def merge_features(base: DenseSpec, moe: MoeShape, architecture: MoeArchitecture
         has_o_bias=has_o_bias,
         has_head=not base.tied or architecture.stores_tied_head(base),
     )
-    return tuple(sorted(features_of(model)))
+    return tuple(sorted([*features_of(model), *(["layers_without_experts"] if moe.dense_layers else [])]))
 
 
 def engine_requirement(engines: Sequence[str], base: DenseSpec, moe: MoeShape) -> Requirement | None:
@@ -88,7 +89,7 @@ def _remedy(engine: str, verdict: Verdict, base: DenseSpec, moe: MoeShape) -> st
         other.name
         for other in MOE_ARCHITECTURES.values()
         if base.model_type in other.accepts
-        and not other.unsupported_reasons(base, moe)
+        and not other.reasons_against(base, moe)
         and judge(engine, other.name, merge_features(base, moe, other)).status == SAME
     ]
     remedies = [

@@ -372,7 +372,11 @@ class MomentPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatePlan:
-    """How the router rows are made: one `GatePrompts` per expert, then one per shared expert with a gate."""
+    """How the router rows are made: one `GatePrompts` per expert, then one per shared expert with a gate.
+
+    `layers` is the number of layers up to the last one with a router, which prompts pass; `router_layers` are those
+    with a router, if not all of them have one (`layers_with_router`).
+    """
 
     mode: str
     prompt_model: str
@@ -384,6 +388,12 @@ class GatePlan:
     vocab: int
     seed: int
     quantize: str | None
+    router_layers: tuple[int, ...] | None = None
+
+    @property
+    def layers_with_router(self) -> tuple[int, ...]:
+        """The layers whose routers are made, in ascending order."""
+        return tuple(range(self.layers)) if self.router_layers is None else self.router_layers
 
     @property
     def needs_prompts(self) -> bool:

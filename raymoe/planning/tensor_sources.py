@@ -9,6 +9,7 @@ from itertools import groupby
 from types import MappingProxyType
 
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape
+from raymoe.architectures.moe_architecture import ConstantRow
 from raymoe.config import ExpertConfig
 from raymoe.errors import Problem, first_few
 from raymoe.formatting import plural, short_list
@@ -91,28 +92,42 @@ def _permute_heads(what: PartSource, permutation: HeadPermutation) -> Transform 
     )
 
 
+def plain_ffn_tensors(
+    facts: ModelFacts, spec: DenseSpec, moe: MoeShape, architecture: MoeArchitecture, dtype: str
+) -> Iterator[OutputTensor]:
+    """The base's FFN in layers without experts."""
+    if not moe.dense_layers or architecture.layer_rule is None:
+        return
+    for matrix in _matrices(facts, spec, dtype, ffn=True):
+        if matrix.layer in moe.dense_layers:
+            output = architecture.layer_rule.ffn[matrix.role].format(layer=matrix.layer)
+            yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner=BASE, what=matrix.what)
+
+
 def expert_tensors(
-    members: Sequence[Member], architecture: MoeArchitecture, dtype: str, seed: int
+    members: Sequence[Member], moe: MoeShape, architecture: MoeArchitecture, dtype: str, seed: int
 ) -> Iterator[OutputTensor]:
     """The FFNs of all experts and shared experts, in the tensors that the MoE architecture has for them."""
     experts = [member for member in members if not member.is_shared]
     shared = [member for member in members if member.is_shared]
     if architecture.is_fused:
-        yield from _fuse_experts(experts, architecture, dtype, seed)
+        yield from _fuse_experts(experts, moe, architecture, dtype, seed)
     else:
         for member in experts:
-            yield from _member_tensors(member, architecture.expert, dtype, seed)
+            yield from _member_tensors(member, moe, architecture.expert, dtype, seed)
     if len(shared) > 1:
-        yield from _widen_shared(shared, architecture.shared, dtype, seed)
+        yield from _widen_shared(shared, moe, architecture.shared, dtype, seed)
     else:
         for member in shared:
-            yield from _member_tensors(member, architecture.shared, dtype, seed)
+            yield from _member_tensors(member, moe, architecture.shared, dtype, seed)
 
 
-def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
+def _member_tensors(
+    member: Member, moe: MoeShape, names: Mapping[str, str], dtype: str, seed: int
+) -> Iterator[OutputTensor]:
     """The FFN of one expert or shared expert. Roles with the same name share one tensor, row by row."""
     by_name = _roles_by_name(names)
-    for matrices in _ffn_layers(member, dtype, seed):
+    for matrices in _ffn_layers(member, moe, dtype, seed):
         for template, roles in by_name.items():
             output = template.format(layer=matrices[roles[0]].layer, expert=member.owner.index)
             (width,) = {matrices[role].shape[1:] for role in roles}
@@ -122,12 +137,12 @@ def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: 
 
 
 def _fuse_experts(
-    members: Sequence[Member], architecture: MoeArchitecture, dtype: str, seed: int
+    members: Sequence[Member], moe: MoeShape, architecture: MoeArchitecture, dtype: str, seed: int
 ) -> Iterator[OutputTensor]:
     """The FFNs of all experts of a layer as the architecture's few tensors of (experts, rows, columns). All layers have
     the width of the widest: narrower FFNs end with zeros."""
     width = max(members[0].spec.ffn_widths)
-    for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
+    for of_layer in zip(*(_ffn_layers(member, moe, dtype, seed) for member in members), strict=True):
         for template, roles in _roles_by_name(architecture.expert).items():
             output = template.format(layer=of_layer[0][roles[0]].layer)
             what = tuple(
@@ -167,10 +182,12 @@ def _pad(piece: Piece, role: str, width: int, dtype: str) -> Iterator[Piece]:
         yield from (piece, zeros)
 
 
-def _widen_shared(members: Sequence[Member], names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
+def _widen_shared(
+    members: Sequence[Member], moe: MoeShape, names: Mapping[str, str], dtype: str, seed: int
+) -> Iterator[OutputTensor]:
     """Several shared experts as one of their total width, which is exactly their sum: rows of gate and up stacked,
     columns of down side by side."""
-    for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
+    for of_layer in zip(*(_ffn_layers(member, moe, dtype, seed) for member in members), strict=True):
         for template, roles in _roles_by_name(names).items():
             output = template.format(layer=of_layer[0][roles[0]].layer)
             blocks = [
@@ -193,14 +210,15 @@ def _single_part(piece: Piece, dtype: str) -> Part:
     return Part(name=piece.name, dtype=dtype, shape=piece.shape, start=0, end=nbytes, what=piece.what)
 
 
-def _ffn_layers(member: Member, dtype: str, seed: int) -> Iterator[Mapping[str, _Matrix]]:
-    """The matrices of each layer's FFN by their roles."""
+def _ffn_layers(member: Member, moe: MoeShape, dtype: str, seed: int) -> Iterator[Mapping[str, _Matrix]]:
+    """The matrices of the FFN of each layer with experts, by their roles."""
     config = member.config
     matrices = _matrices(
         member.facts, member.spec, dtype, ffn=True, noise=config.noise_scale, scale=config.residual_scale, seed=seed
     )
-    for _, of_layer in groupby(matrices, key=lambda matrix: matrix.layer):
-        yield {matrix.role: matrix for matrix in of_layer}
+    for layer, of_layer in groupby(matrices, key=lambda matrix: matrix.layer):
+        if layer not in moe.dense_layers:
+            yield {matrix.role: matrix for matrix in of_layer}
 
 
 def _roles_by_name(names: Mapping[str, str]) -> dict[str, list[str]]:
@@ -260,15 +278,23 @@ def computed_tensors(
 ) -> Iterator[OutputTensor]:
     """Routers, gates of shared experts, and tensors that the MoE architecture requires and the dense model lacks."""
     constant_rows, factor = architecture.constants(spec, moe), architecture.router_factor(spec.hidden)
-    for layer in range(spec.layers):
+    for layer in moe.dense_layers:
+        for row in constant_rows:
+            if row.is_of_attention:
+                yield _constant_tensor(row, spec, layer, dtype)
+    for layer in moe.layers(spec):
         router = Router(layer=layer, factor=None if factor == 1.0 else factor)
         yield _computed_tensor(architecture.router.format(layer=layer), (moe.experts, spec.hidden), dtype, router)
         if moe.shared and architecture.shared_router:
             name = architecture.shared_router.format(layer=layer)
             yield _computed_tensor(name, (1, spec.hidden), dtype, Router(layer=layer, shared=True))
         for row in constant_rows:
-            shape = tuple(s if isinstance(s, int) else spec.size_of(s) for s in row.shape)
-            yield _computed_tensor(row.name.format(layer=layer), shape, dtype, Constant(value=row.value))
+            yield _constant_tensor(row, spec, layer, dtype)
+
+
+def _constant_tensor(row: ConstantRow, spec: DenseSpec, layer: int, dtype: str) -> OutputTensor:
+    shape = tuple(s if isinstance(s, int) else spec.size_of(s) for s in row.shape)
+    return _computed_tensor(row.name.format(layer=layer), shape, dtype, Constant(value=row.value))
 
 
 def weight_refs(
@@ -284,10 +310,13 @@ def weight_refs(
 
 
 def graft_ffn(
-    refs: Mapping[str, WeightRef], spec: DenseSpec, member: Member, is_needed: Callable[[str], bool]
+    refs: Mapping[str, WeightRef], spec: DenseSpec, moe: MoeShape, member: Member, is_needed: Callable[[str], bool]
 ) -> dict[str, WeightRef]:
-    """The parameters of a model that reads prompts, with an expert's FFN instead of its own, as far as needed."""
-    ffn = [name for row, _, name in spec.tensors() if row.is_ffn and is_needed(name)]
+    """The parameters of a model that reads prompts, with an expert's FFN instead of its own in layers with experts, as
+    far as needed."""
+    ffn = [
+        name for row, layer, name in spec.tensors() if row.is_ffn and layer not in moe.dense_layers and is_needed(name)
+    ]
     return {**refs, **{name: weight_ref(member.facts, name) for name in ffn}}
 
 

@@ -130,7 +130,13 @@ def top_k_name(result: Mapping[str, Any], count: int) -> str:
 def weakest_layers(result: Mapping[str, Any], count: int = 3) -> list[tuple[int, float]]:
     """(layer, accuracy of the first choice) of the layers with the lowest accuracy."""
     accuracy = result["routing"]["first_accuracy"]
-    return sorted(enumerate(accuracy), key=lambda pair: pair[1])[:count]
+    return sorted(zip(routed_layers(result), accuracy, strict=True), key=lambda pair: pair[1])[:count]
+
+
+def routed_layers(result: Mapping[str, Any]) -> Sequence[int]:
+    """The numbers of the layers with experts, in the order of the lists by layer."""
+    found: Sequence[int] = result.get("moe_layers") or range(len(result["routing"]["first_accuracy"]))
+    return found
 
 
 def merge_origin(result: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ from raymoe.report.eval_numbers import (
     read_labels,
     read_loss,
     references,
+    routed_layers,
     top_k_name,
     top_k_rows,
     weakest_layers,
@@ -251,7 +252,7 @@ def _routing_view(result: Mapping[str, Any]) -> dict[str, Any]:
         rows_LE = routing["first_choice"][label]
         share = None if own is None else routing["confusion"][label][own]
         caption = f"Share of {label} tokens routed first to each expert, by layer"
-        drawing = svg.heatmap(rows_LE, experts, own, caption)
+        drawing = svg.heatmap(rows_LE, experts, own, caption, numbers=routed_layers(result))
         heatmaps.append({**_chip(label, own), "share": share, "drawing": drawing})
     confusion = [routing["confusion"][label] for label in labels]
     weakest = weakest_layers(result)
@@ -262,7 +263,11 @@ def _routing_view(result: Mapping[str, Any]) -> dict[str, Any]:
         "lines": _accuracy_lines(result),
         "weakest": ", ".join(f"layer {layer} ({accuracy:.0%})" for layer, accuracy in weakest),
         "stack": svg.stack(
-            routing["load"], experts, routing["load_entropy"], "Share of the work by expert in each layer"
+            routing["load"],
+            experts,
+            routing["load_entropy"],
+            "Share of the work by expert in each layer",
+            numbers=routed_layers(result),
         ),
         "load": _load_bars(result),
     }
@@ -276,7 +281,8 @@ def _accuracy_lines(result: Mapping[str, Any]) -> Markup:
         svg.Series(name=f"among the {used} chosen", values=chosen, chance=used / count, kind="chosen"),
     ]
     caption = f"Accuracy by layer: first choice {min(first):.0%} to {max(first):.0%}"
-    return svg.lines(series, len(first), f"{caption}, among the chosen {min(chosen):.0%} to {max(chosen):.0%}")
+    caption = f"{caption}, among the chosen {min(chosen):.0%} to {max(chosen):.0%}"
+    return svg.lines(series, routed_layers(result), caption)
 
 
 def _load_bars(result: Mapping[str, Any]) -> Markup:
@@ -294,7 +300,7 @@ def _layer_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns = (routing["first_accuracy"], routing["chosen_accuracy"], routing["load_entropy"], routing["load"])
     return [
         {"layer": layer, "first": first, "chosen": chosen, "entropy": f"{entropy:.3f}", "load": load}
-        for layer, (first, chosen, entropy, load) in enumerate(zip(*columns))
+        for layer, (first, chosen, entropy, load) in zip(routed_layers(result), zip(*columns))
     ]
 
 

@@ -28,6 +28,7 @@ from raymoe.planning.plan import MergePlan
 from raymoe.report.backbone_lines import backbone_source, unused_lines
 from raymoe.report.engine_lines import engine_lines
 from raymoe.report.source_metadata import License, SourceCard, common_value
+from raymoe.report.start_lines import start_lines
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.safe_text import has_unprintable, printable, shorten
 from raymoe.sources.hub import is_hub_id
@@ -101,6 +102,7 @@ def _title_section(plan: MergePlan, config: MergeConfig, architecture: MoeArchit
         f"{backbone_source(plan, code_span(str(config.base_model)))}; each expert contributes its feed-forward "
         "weights. Nothing was trained."
     )
+    yield from start_lines(plan)
     yield ""
 
 

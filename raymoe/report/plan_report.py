@@ -19,6 +19,7 @@ from raymoe.planning.plan import MergePlan, Shard
 from raymoe.report.backbone_lines import backbone_lines, backbone_work
 from raymoe.report.engine_lines import engine_lines
 from raymoe.report.memory_estimate import actor_memory
+from raymoe.report.start_lines import start_lines
 from raymoe.results import MergeResult, Verification
 from raymoe.storage.transfer_summary import TRANSFER_METHODS
 
@@ -60,6 +61,7 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
         "output_bytes": totals.output_bytes,
         "bytes_by_source": {str(owner): count for owner, count in totals.bytes_by_owner.items()},
         "bytes_by_kind": dict(totals.bytes_by_kind),
+        "moe_layers": list(plan.gates.layers_with_router),
         "gates": {
             "mode": plan.gates.mode,
             "prompt_model": plan.gates.prompt_model if MODES[plan.gates.mode].needs_forward_pass else None,
@@ -108,6 +110,8 @@ def print_plan(
     active = human_count(totals.active_parameters)
     print_line(f"{human_count(totals.parameters)} parameters in all, {active} active for a token")
     print_line(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
+    for line in start_lines(plan):
+        print_line(line)
     for table in (_source_table(plan), _shard_table(plan)):
         print_line("")
         console.print(table)

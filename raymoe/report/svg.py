@@ -118,9 +118,9 @@ def _layer_ticks(layers: int) -> list[int]:
     return list(range(0, layers, step))
 
 
-def _layer_axis(drawing: Drawing, x0: float, cell: float, layers: int, y: float) -> None:
-    for layer in _layer_ticks(layers):
-        drawing.text(x0 + (layer + 0.5) * cell, y, str(layer), "faint small", "middle")
+def _layer_axis(drawing: Drawing, x0: float, cell: float, numbers: Sequence[int], y: float) -> None:
+    for place in _layer_ticks(len(numbers)):
+        drawing.text(x0 + (place + 0.5) * cell, y, str(numbers[place]), "faint small", "middle")
 
 
 def bars(rows: Sequence[Mark], largest: float, label: str, *, width: float = 480, rule: float | None = None) -> Markup:
@@ -180,9 +180,16 @@ def _levels(labels: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def heatmap(
-    rows_LE: Sequence[Sequence[float]], experts: Sequence[str], own: int | None, label: str, *, width: float = 510
+    rows_LE: Sequence[Sequence[float]],
+    experts: Sequence[str],
+    own: int | None,
+    label: str,
+    *,
+    numbers: Sequence[int],
+    width: float = 510,
 ) -> Markup:
-    """Layers from left to right, experts from top to bottom; the opacity of a cell is its share."""
+    """Layers from left to right, experts from top to bottom; the opacity of a cell is its share. `numbers` are those of
+    the layers."""
     layers, count = len(rows_LE), len(experts)
     gutter, names = _gutter(experts, 14)
     step = 24.0 if count <= 8 else 16.0
@@ -196,13 +203,13 @@ def heatmap(
         drawing.rect(gutter, y + 1, width - gutter - 2, step - 2, "track")
         for layer, shares in enumerate(rows_LE):
             if shares[expert] >= 0.005:
-                title = f"layer {layer}, {experts[expert]}: {shares[expert]:.0%}"
+                title = f"layer {numbers[layer]}, {experts[expert]}: {shares[expert]:.0%}"
                 x = gutter + layer * cell
                 strength = f"{shares[expert]:.2f}"
                 drawing.rect(x, y + 1, cell - gap, step - 2, f"bar {expert_kind(expert)}", title, fill_opacity=strength)
     if own is not None:
         drawing.line(gutter - 3, own * step + 2, gutter - 3, (own + 1) * step - 2, f"notch {expert_kind(own)}")
-    _layer_axis(drawing, gutter, cell, layers, count * step + 16)
+    _layer_axis(drawing, gutter, cell, numbers, count * step + 16)
     return drawing.markup()
 
 
@@ -248,8 +255,10 @@ def _column_head(drawing: Drawing, x: float, y: float, name: str, *, upright: bo
         drawing.add("text", _short(name, 14), x=x, y=y, class_="ink", transform=f"rotate(-62 {x:.1f} {y:.1f})")
 
 
-def lines(series: Sequence[Series], layers: int, label: str) -> Markup:
-    """Shares by layer as lines from 0 to 100%; dashed lines are chance, names are above."""
+def lines(series: Sequence[Series], numbers: Sequence[int], label: str) -> Markup:
+    """Shares by layer as lines from 0 to 100%; dashed lines are chance, names are above. `numbers` are those of the
+    layers."""
+    layers = len(numbers)
     width, height, x0, y0 = 510.0, 250.0, 44.0, 34.0
     plot_w, plot_h = width - x0 - 10, height - y0 - 40
     drawing = Drawing(width, height, label)
@@ -264,7 +273,7 @@ def lines(series: Sequence[Series], layers: int, label: str) -> Markup:
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         drawing.line(x0, y_of(share), width - 10, y_of(share), "line")
         drawing.text(x0 - 8, y_of(share) + 4, f"{share:.0%}", "faint small", "end")
-    _layer_axis(drawing, x0, plot_w / layers, layers, height - 22)
+    _layer_axis(drawing, x0, plot_w / layers, numbers, height - 22)
     drawing.text(x0 + plot_w / 2, height - 4, "layer", "faint small", "middle")
     for number, one in enumerate(series):
         key = x0 + number * plot_w / max(2, len(series))
@@ -274,13 +283,21 @@ def lines(series: Sequence[Series], layers: int, label: str) -> Markup:
         points = " ".join(f"{x_of(n):.1f},{y_of(value):.1f}" for n, value in enumerate(one.values))
         drawing.add("polyline", points=points, class_=f"curve {one.kind}")
         for layer, value in enumerate(one.values):
-            title = f"layer {layer}, {one.name}: {value:.1%}"
+            title = f"layer {numbers[layer]}, {one.name}: {value:.1%}"
             drawing.add("circle", cx=x_of(layer), cy=y_of(value), r=dot, class_=f"point {one.kind}", title=title)
     return drawing.markup()
 
 
-def stack(rows_LE: Sequence[Sequence[float]], experts: Sequence[str], entropy: Sequence[float], label: str) -> Markup:
-    """One bar per layer, divided by the experts' shares, above a line of the layers' entropy (0 to 1)."""
+def stack(
+    rows_LE: Sequence[Sequence[float]],
+    experts: Sequence[str],
+    entropy: Sequence[float],
+    label: str,
+    *,
+    numbers: Sequence[int],
+) -> Markup:
+    """One bar per layer, divided by the experts' shares, above a line of the layers' entropy (0 to 1). `numbers` are
+    those of the layers."""
     width, top, tall, low, gap = 700.0, 4.0, 180.0, 44.0, 26.0
     x0 = 58.0
     cell = (width - x0) / len(rows_LE)
@@ -292,17 +309,17 @@ def stack(rows_LE: Sequence[Sequence[float]], experts: Sequence[str], entropy: S
     for layer, shares in enumerate(rows_LE):
         y = top
         for expert, share in enumerate(shares):
-            title = f"layer {layer}, {experts[expert]}: {share:.1%}"
+            title = f"layer {numbers[layer]}, {experts[expert]}: {share:.1%}"
             drawing.rect(
                 x0 + layer * cell, y, cell - space, max(0.3, share * tall - 0.7), f"bar {expert_kind(expert)}", title
             )
             y += share * tall
-        title = f"layer {layer}, entropy {entropy[layer]:.3f}"
+        title = f"layer {numbers[layer]}, entropy {entropy[layer]:.3f}"
         size = entropy[layer] * low
         drawing.rect(x0 + layer * cell, base + low - size, cell - space, size, "bar spread", title)
     drawing.line(x0, base, width, base, "rule")
     drawing.text(x0 - 8, base + 4, "even", "faint small", "end")
     drawing.text(x0 - 8, base + low, "entropy", "faint small", "end")
-    _layer_axis(drawing, x0, cell, len(rows_LE), base + low + 16)
+    _layer_axis(drawing, x0, cell, numbers, base + low + 16)
     drawing.text(x0 + (width - x0) / 2, base + low + 33, "layer", "faint small", "middle")
     return drawing.markup()

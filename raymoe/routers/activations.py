@@ -103,7 +103,7 @@ class _Capture:
         everything = [Batch(group) for group, _ in groups]
         part = batch_slice([batch.ids.numel() for batch in everything], *part_of(prompts))
         self.batches = everything[part]
-        self._owner, self._hidden = prompts.owner, gates.hidden
+        self._owner, self._hidden, self._kept_layers = prompts.owner, gates.hidden, set(gates.layers_with_router)
         mode = MODES[gates.mode]
         tokens = ChosenTokens(everything, signs, bos, mode.token_limit(members))
         if mode.needs_text and not tokens.has_positive:
@@ -115,9 +115,12 @@ class _Capture:
 
     def add_inputs(self, layer: int, batch: int, hidden_BTH: torch.Tensor) -> None:
         assert self._sums is not None
-        self._sums.add(layer, batch, hidden_BTH)
+        if layer in self._kept_layers:
+            self._sums.add(layer, batch, hidden_BTH)
 
     def add_states(self, layer: int, batch: int, state_BTH: torch.Tensor) -> None:
+        if layer not in self._kept_layers:
+            return
         bits = self._tokens.select_states(batch, state_BTH)
         if has_non_finite_bits(bits):
             raise MergeFailed(not_finite_message(self._owner, layer))
@@ -128,7 +131,7 @@ class _Capture:
         tokens, states = self._tokens, self._states[layer]
         self._states[layer] = []
         summed: dict[str, Any] = {} if self._sums is None else self._sums.pop_layer(layer)
-        if not states:  # the last layer of modes that do not run it; a part without prompts
+        if not states:  # the last layer of modes that do not run it; one without a router; a part without prompts
             none = np.zeros((0, self._hidden), np.int16)
             return LayerActivations(states=none, prompts=tokens.prompts[:0], negative=tokens.negative[:0], **summed)
         return LayerActivations(

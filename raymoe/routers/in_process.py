@@ -53,6 +53,8 @@ def compute_routers_locally(
             layer_done=layer_done,
         )
         for layer, captured in enumerate(layers):
+            if layer not in gates.layers_with_router:
+                continue
             for part, each in zip(pass_prompts, captured, strict=True):
                 activations[layer][part.owner].append(each)
             if pass_prompts is passes[-1]:

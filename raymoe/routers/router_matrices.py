@@ -24,16 +24,22 @@ RouterRows = dict[Owner, npt.NDArray[np.float32]]
 
 
 def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[Owner]) -> tuple[RouterRows, RouterSummary | None]:
-    """Rows by owner from those of all layers, and the summary of the layers that could be scored."""
-    order = [layers[number] for number in sorted(layers)]
-    rows = {owner: np.stack([layer.experts[n] for layer in order]) for n, owner in enumerate(experts)}
-    gates = [layer.shared for layer in order if layer.shared is not None]
-    if gates:
-        rows[ALL_SHARED] = np.stack(gates)
+    """Rows by owner from those of all layers with a router, and the summary of the layers that could be scored."""
+    rows = {owner: _by_layer({k: layer.experts[n] for k, layer in layers.items()}) for n, owner in enumerate(experts)}
+    if gates := {number: layer.shared for number, layer in layers.items() if layer.shared is not None}:
+        rows[ALL_SHARED] = _by_layer(gates)
     _check_finite(rows)
     checks = {number: layers[number].scores for number in sorted(layers)}
     known = {number: check for number, check in checks.items() if check is not None}
     return rows, RouterSummary(experts=len(experts), layers=known) if known else None
+
+
+def _by_layer(rows: Mapping[int, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """Rows (layers, hidden) up to the last layer that has one; zeros in layers without a router."""
+    found = np.zeros((max(rows) + 1, *next(iter(rows.values())).shape), np.float32)
+    for layer, row in rows.items():
+        found[layer] = row
+    return found
 
 
 def random_router_rows(gates: GatePlan) -> RouterRows:

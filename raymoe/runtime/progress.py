@@ -208,7 +208,7 @@ class Progress:
         return self._reading_progress(outcome, time.monotonic())
 
     def _fitting_progress(self, outcome: Outcome, now: float) -> str:
-        done, layers = outcome.layers_done, self._plan.gates.layers
+        done, layers = outcome.layers_done, len(self._plan.gates.layers_with_router)
         pace = self._router_pace.text(done, layers - done, now, human_rate) if done < layers else ""
         return f"routers: {done / layers:.0%} computed ({done} of {layers} layers{pace})"
 

@@ -261,7 +261,7 @@ class GateWork(PromptWork):
         shards."""
         self._gates, self._mode = gates, MODES[gates.mode]
         has_layers = self._mode.needs_forward_pass and bool(gates.prompted)
-        super().__init__(gates, range(gates.layers) if has_layers else (), readers, names, transport)
+        super().__init__(gates, gates.layers_with_router if has_layers else (), readers, names, transport)
         self._shard_tensors = shard_tensors
         # Arguments that all jobs share; each job adds its own prompts.
         shared = dataclasses.replace(gates, experts=(), shared=())

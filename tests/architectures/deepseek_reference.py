@@ -21,6 +21,7 @@ from tests.pico import tensors_of
 _LLAMA_KEYS = (
     "vocab_size",
     "hidden_size",
+    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
@@ -79,10 +80,10 @@ def load_deepseek(folder: Path) -> LlamaForCausalLM:
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["DeepseekForCausalLM"]
     assert config["model_type"] == "deepseek"
-    assert (config["first_k_dense_replace"], config["moe_layer_freq"]) == (0, 1)
     model = LlamaForCausalLM(LlamaConfig(**{k: config[k] for k in _LLAMA_KEYS}, rope_parameters=_rope(config)))
-    for layer in model.model.layers:
-        layer.mlp = DeepseekMoe(config)
+    for number, layer in enumerate(model.model.layers):
+        if number >= config["first_k_dense_replace"] and number % config["moe_layer_freq"] == 0:
+            layer.mlp = DeepseekMoe(config)
     tensors = tensors_of(folder)
     if config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # as transformers 4, whatever the file holds

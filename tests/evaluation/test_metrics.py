@@ -27,7 +27,7 @@ def test_the_gap_closed() -> None:
 
 def test_shares_of_two_labels() -> None:
     """Two layers, three experts, two of them for a token; label `a` is expert 0's, `b` is expert 2's."""
-    counts = RoutingCounts(["a", "b"], [0, 2], 2, 3)
+    counts = RoutingCounts(["a", "b"], [0, 2], range(2), 3)
     counts.add(0, 0, np.array([[0, 1], [0, 2]]), np.float32([[0.75, 0.25], [0.5, 0.5]]))
     counts.add(0, 0, np.array([[1, 0], [2, 1]]), np.float32([[1.0, 0.0], [0.5, 0.5]]))
     counts.add(0, 1, np.array([[0, 1]] * 4), np.float32([[0.5, 0.5]] * 4))
@@ -49,13 +49,13 @@ def test_shares_of_two_labels() -> None:
 
 @pytest.mark.parametrize(("experts", "entropy"), [([0, 1, 2, 3], 1.0), ([2, 2, 2, 2], 0.0), ([0, 0, 3, 3], 0.5)])
 def test_the_entropy_of_a_load(experts: list[int], entropy: float) -> None:
-    counts = RoutingCounts(["a"], [0], 1, 4)
+    counts = RoutingCounts(["a"], [0], range(1), 4)
     counts.add(0, 0, np.array(experts)[:, None], np.ones((4, 1), np.float32))
     assert counts.shares()["load_entropy"] == [pytest.approx(entropy, abs=1e-6)]
 
 
 def test_one_expert_is_even() -> None:
-    counts = RoutingCounts(["a"], [0], 1, 1)
+    counts = RoutingCounts(["a"], [0], range(1), 1)
     counts.add(0, 0, np.zeros((3, 1), np.int64), np.ones((3, 1), np.float32))
     assert counts.shares()["load_entropy"] == [1.0]
 

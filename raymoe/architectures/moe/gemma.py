@@ -67,7 +67,7 @@ def _config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "enable_moe_block": True,
         "num_experts": moe.experts,
         "top_k_experts": moe.experts_per_token,
-        "moe_intermediate_size": max(spec.ffn_widths),
+        "moe_intermediate_size": max(spec.ffn_widths) // moe.granularity,
         "use_double_wide_mlp": False,
         "intermediate_size": EMPTY_SHARED_WIDTH,
     }

@@ -51,6 +51,7 @@ def _moe_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
     return {
         **{key: value for key, value in multipliers.items() if key not in spec.extra},
+        "intermediate_size": moe.width(spec),
         "num_local_experts": moe.experts,
         "attention_bias": spec.qkv_bias or spec.o_bias,
         "shared_intermediate_size": 0,
@@ -64,7 +65,8 @@ def _moe_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 def _bias_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     """`attention_bias` is one key for q, k, v and the output projection. A family with only the former gets zeros."""
-    return (ConstantRow(name=O_BIAS["attn.o.bias"], shape=("hidden",)),) if spec.qkv_bias and not spec.o_bias else ()
+    bias = ConstantRow(name=O_BIAS["attn.o.bias"], shape=("hidden",), is_of_attention=True)
+    return (bias,) if spec.qkv_bias and not spec.o_bias else ()
 
 
 def _attention_reasons(spec: DenseSpec) -> list[str]:
@@ -152,7 +154,7 @@ def _swa_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
 def _swa_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     if spec.family.has_sinks:
         return ()
-    return (ConstantRow(name=_SINKS, shape=("heads",), value=_NO_SINK),)
+    return (ConstantRow(name=_SINKS, shape=("heads",), value=_NO_SINK, is_of_attention=True),)
 
 
 # granitemoehybrid comes before granitemoeshared, for which mlx-lm has no class. RoPE scaling it leaves out there.

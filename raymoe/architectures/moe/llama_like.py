@@ -28,6 +28,7 @@ from raymoe.architectures.moe_architecture import (
     ungated_shared_reasons,
     zero_ffn,
 )
+from raymoe.architectures.moe_layers import MLP_ONLY_LAYERS, MOE_LAYER_FREQ
 from raymoe.architectures.tensor_tables import QWEN3_5_ROWS
 from raymoe.tensor_names import LAYER
 
@@ -43,16 +44,19 @@ def _mixtral_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 def _mixtral_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    return {"num_local_experts": moe.experts, "head_dim": spec.head_dim, "output_router_logits": False}
+    return {
+        "intermediate_size": moe.width(spec),
+        "num_local_experts": moe.experts,
+        "head_dim": spec.head_dim,
+        "output_router_logits": False,
+    }
 
 
 def _qwen_keys(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
         "num_experts": moe.experts,
-        "moe_intermediate_size": spec.intermediate,
+        "moe_intermediate_size": moe.width(spec),
         "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
         "output_router_logits": False,
         "use_sliding_window": spec.sliding_window is not None,
         "max_window_layers": 0 if spec.sliding_window else spec.layers,
@@ -88,7 +92,10 @@ def _qwen2_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     if not spec.qkv_bias:
         # Not every program honors `qkv_bias: false`; zeros have the same effect in all of them.
         widths = {"q": "q_out", "k": "kv_out", "v": "kv_out"}
-        rows += [ConstantRow(name=QKV_BIAS[f"attn.{p}.bias"], shape=(width,)) for p, width in widths.items()]
+        rows += [
+            ConstantRow(name=QKV_BIAS[f"attn.{p}.bias"], shape=(width,), is_of_attention=True)
+            for p, width in widths.items()
+        ]
     return (*rows, *_empty_shared(spec, moe))
 
 
@@ -118,7 +125,7 @@ def _qwen3_5_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         # Of engines that do not read layer_types. With null they refuse layers that follow no interval.
         "full_attention_interval": spec.attention_interval,
         "num_experts": moe.experts,
-        "moe_intermediate_size": spec.intermediate,
+        "moe_intermediate_size": moe.width(spec),
         "shared_expert_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
         "output_router_logits": False,
     }
@@ -139,10 +146,8 @@ def _deepseek_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         scaling = {"type": spec.rope_scaling["rope_type"], "factor": spec.rope_scaling["factor"]}
     return {
         "n_routed_experts": moe.experts,
-        "n_shared_experts": moe.shared or None,
-        "moe_intermediate_size": spec.intermediate,
-        "first_k_dense_replace": 0,
-        "moe_layer_freq": 1,
+        "n_shared_experts": moe.shared_widths or None,
+        "moe_intermediate_size": moe.width(spec),
         "scoring_func": "softmax",
         "norm_topk_prob": True,
         "attention_bias": spec.qkv_bias,
@@ -180,6 +185,7 @@ _QWEN3 = MoeArchitecture(
     router=LAYER + "mlp.gate.weight",
     config=_qwen3_config,
     unsupported_reasons=_qwen3_unsupported,
+    layer_rule=MLP_ONLY_LAYERS,
     dense_family="qwen3",
     renormalize_key="norm_topk_prob",
     aliases={"num_experts": "num_local_experts"},
@@ -218,6 +224,7 @@ LLAMA_LIKE_ARCHITECTURES = (
         tied_head_for="vLLM 0.32.0 and mlx-lm 0.32.2",
         config=_deepseek_config,
         unsupported_reasons=_deepseek_unsupported,
+        layer_rule=MOE_LAYER_FREQ,
         dense_family="llama",
         windowed_family="mistral",
         experts_key="n_routed_experts",
@@ -240,6 +247,7 @@ LLAMA_LIKE_ARCHITECTURES = (
         constants=_qwen2_constants,
         config=_qwen2_config,
         unsupported_reasons=_qwen2_unsupported,
+        layer_rule=MLP_ONLY_LAYERS,
         dense_family="qwen2",
         renormalize_key="norm_topk_prob",
         min_transformers="4.57",

@@ -27,12 +27,14 @@ from raymoe.architectures.moe_architecture import (
     ungated_shared_reasons,
     zero_ffn,
 )
+from raymoe.architectures.moe_layers import MLP_LAYER_TYPES, MOE_LAYER_INTERVAL, layers_after_dense
 from raymoe.architectures.tensor_tables import LFM2_ROWS
 from raymoe.tensor_names import LAYER
 
 
 def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
+        "intermediate_size": moe.width(spec),
         "num_experts": moe.experts,
         "norm_topk_prob": True,
         "attention_bias": spec.qkv_bias,
@@ -55,11 +57,8 @@ def _ernie_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "use_bias": False,
         "moe_num_experts": moe.experts,
         "moe_k": moe.experts_per_token,
-        "moe_num_shared_experts": moe.shared,
-        "moe_intermediate_size": spec.intermediate,
-        "moe_layer_start_index": 0,
-        "moe_layer_end_index": spec.layers - 1,
-        "moe_layer_interval": 1,
+        "moe_num_shared_experts": moe.shared_widths,
+        "moe_intermediate_size": moe.width(spec),
         "moe_norm_min": 1e-12,
         "output_router_logits": False,
     }
@@ -88,7 +87,8 @@ def _hunyuan_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "attention_bias": spec.qkv_bias,
         "num_experts": moe.experts,
         "moe_topk": moe.experts_per_token,
-        "moe_intermediate_size": spec.intermediate,
+        "intermediate_size": moe.width(spec),
+        "moe_intermediate_size": moe.width(spec),
         # Keys of the published model's own code, which vLLM reads.
         "use_mixed_mlp_moe": True,
         "num_shared_expert": 1,
@@ -101,11 +101,13 @@ def _hunyuan_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     reasons = common_reasons(spec) + ungated_shared_reasons(moe)
     if moe.shared > 1:
         reasons.append(f"{moe.shared} shared experts: it has one, as wide as an expert")
+    if moe.shared and moe.granularity > 1:
+        reasons.append(f"granularity {moe.granularity} with shared_experts: its shared expert is as wide as an expert")
     return reasons
 
 
 def _hunyuan_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
-    return () if moe.shared else zero_ffn(_HUNYUAN_SHARED, "intermediate")
+    return () if moe.shared else zero_ffn(_HUNYUAN_SHARED, moe.width(spec))
 
 
 # --- Cohere 2: layers with a window have RoPE, the others have none; one LayerNorm for attention and FFN
@@ -120,9 +122,9 @@ def _cohere2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         **({"rope_parameters": {"rope_theta": spec.rope_theta, **spec.rope_scaling}} if spec.rope_scaling else {}),
         "attention_bias": spec.qkv_bias,
         "layer_types": spec.window_types,
-        "mlp_layer_types": ["sparse"] * spec.layers,
+        "intermediate_size": moe.width(spec),
         "num_experts": moe.experts,
-        "num_shared_experts": moe.shared,
+        "num_shared_experts": moe.shared_widths,
         "shared_expert_combination_strategy": "sum",
         "expert_selection_fn": "softmax",
         "output_router_logits": False,
@@ -148,9 +150,8 @@ def _lfm2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "rms_norm_eps": None,
         "norm_eps": spec.rms_norm_eps,
         "layer_types": list(spec.kinds),
-        "num_dense_layers": 0,
         "num_experts": moe.experts,
-        "moe_intermediate_size": spec.intermediate,
+        "moe_intermediate_size": moe.width(spec),
         "use_expert_bias": False,
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0 + _LFM2_EPSILON / (0.75 * moe.experts_per_token),
@@ -163,6 +164,7 @@ def _lfm2_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 _LFM2_EXPERT = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
+_LFM2_FFN = {role: f"{LAYER}feed_forward.{w}.weight" for role, w in _LFM2_EXPERT.items()}
 
 SAME_FAMILY_ARCHITECTURES = (
     MoeArchitecture(
@@ -201,6 +203,7 @@ SAME_FAMILY_ARCHITECTURES = (
         constants=_ernie_constants,
         config=_ernie_config,
         unsupported_reasons=_ernie_unsupported,
+        layer_rule=MOE_LAYER_INTERVAL,
         dense_family="ernie4_5",
         experts_key="moe_num_experts",
         shared_key="moe_num_shared_experts",
@@ -242,6 +245,7 @@ SAME_FAMILY_ARCHITECTURES = (
         shared=_ERNIE_SHARED,
         config=_cohere2_config,
         unsupported_reasons=_cohere2_unsupported,
+        layer_rule=MLP_LAYER_TYPES,
         dense_family="cohere2",
         shared_key="num_shared_experts",
         min_transformers="5.23",
@@ -258,6 +262,7 @@ SAME_FAMILY_ARCHITECTURES = (
         router=LAYER + "feed_forward.gate.weight",
         config=_lfm2_config,
         unsupported_reasons=_lfm2_unsupported,
+        layer_rule=layers_after_dense("num_dense_layers", default=2, ffn=_LFM2_FFN),
         dense_family="lfm2",
         dense_keys={"block_auto_adjust_ff_dim": False},
         renormalize_key="norm_topk_prob",

@@ -22,6 +22,7 @@ from raymoe.architectures.moe_architecture import (
     ungated_shared_reasons,
     zero_ffn,
 )
+from raymoe.architectures.moe_layers import layers_after_dense
 from raymoe.architectures.tensor_tables import MLA_ROWS
 from raymoe.tensor_names import LAYER
 
@@ -31,10 +32,8 @@ _SHARED = {role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in
 def _routing(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
         "n_routed_experts": moe.experts,
-        "n_shared_experts": max(1, moe.shared),
-        "moe_intermediate_size": spec.intermediate,
-        "first_k_dense_replace": 0,
-        "moe_layer_freq": 1,
+        "n_shared_experts": max(1, moe.shared_widths),
+        "moe_intermediate_size": moe.width(spec),
         "n_group": 1,
         "topk_group": 1,
         "norm_topk_prob": True,
@@ -74,7 +73,7 @@ def _glm4_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 def _constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     bias = ConstantRow(name=LAYER + "mlp.gate.e_score_correction_bias", shape=(moe.experts,))
-    return (bias,) if moe.shared else (bias, *zero_ffn(_SHARED, "intermediate"))
+    return (bias,) if moe.shared else (bias, *zero_ffn(_SHARED, moe.width(spec)))
 
 
 # By their code, neither ties the head to the embedding in these classes; run with tiny models.
@@ -96,6 +95,7 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         tied_head_for=_TIED_HEAD_FOR,
         config=_glm4_config,
         unsupported_reasons=_glm4_unsupported,
+        layer_rule=layers_after_dense("first_k_dense_replace", default=1, also={"moe_layer_freq": 1}),
         dense_family="seed_oss",
         qk_norm_family="qwen3",
         partial_rotary_family="glm",
@@ -121,6 +121,7 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         tied_head_for=_TIED_HEAD_FOR,
         config=_routing,
         unsupported_reasons=_reasons,
+        layer_rule=layers_after_dense("first_k_dense_replace", default=3, also={"moe_layer_freq": 1}),
         dense_family="youtu",
         experts_key="n_routed_experts",
         renormalize_key="norm_topk_prob",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from raymoe.architectures.tensor_tables import ATTENTION
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.errors import Problem, ProblemReport
 from raymoe.export.gguf.llama_cpp_archs import ARCHITECTURES, BY_FAMILY, DENSE, LlamaCppArchitecture
+from raymoe.formatting import number_ranges
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
 
@@ -79,6 +80,8 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
     reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture), *_number_reasons(spec)]
     if rule is not None and rule.experts > MAX_EXPERTS:
         reasons.append(f"{rule.experts} experts: at most {MAX_EXPERTS}")
+    if rule is not None and rule.dense_layers:
+        reasons += _dense_layer_reasons(rule.dense_layers, architecture)
     if rule is not None and rule.score_function != architecture.score_function:
         reasons.append(f"router scores by {rule.score_function}: it has {architecture.score_function}")
     if reasons:
@@ -93,6 +96,13 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
         shared=shared and (architecture.needs_shared or not shared_is_empty),
         warnings=tuple(warnings),
     )
+
+
+def _dense_layer_reasons(layers: Sequence[int], architecture: LlamaCppArchitecture) -> Iterator[str]:
+    if not architecture.may_begin_dense:
+        yield f"layers without experts ({number_ranges(layers)}): all of its layers have experts"
+    elif layers[-1] != len(layers) - 1:
+        yield f"layers without experts ({number_ranges(layers)}): only its first layers may have none"
 
 
 def _rope_is_interleaved(spec: DenseSpec) -> bool:

@@ -81,7 +81,8 @@ class LlamaCppArchitecture:
         switches_rope: A key says whether the layers with attention have RoPE.
         has_rope_sections: A key says which pairs of a head are rotated by time, height and width.
         has_expert_width: A key of its own says how wide experts are.
-        reads_gating: Keys set the function of router scores, and that every layer has experts.
+        reads_gating: Keys set the function of router scores, and how many layers come before the first with experts.
+        may_begin_dense: Its first layers may have a plain FFN. Without it, every layer has experts.
         counts_shared: A key says how many experts wide the shared expert is. Without it, a key says how wide it is.
         fuses_shared: The shared expert's gate and up matrices are one tensor.
         activation: The activation of its FFN, by transformers' name.
@@ -121,6 +122,7 @@ class LlamaCppArchitecture:
     has_rope_sections: bool = False
     has_expert_width: bool = True
     reads_gating: bool = False
+    may_begin_dense: bool = False
     counts_shared: bool = False
     fuses_shared: bool = False
     activation: str = "silu"
@@ -268,6 +270,7 @@ ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
                 needs_shared=True,
                 has_qkv_bias=True,
                 reads_gating=True,
+                may_begin_dense=True,
                 counts_shared=True,
                 tensor_names=_POST_NORM,
             ),
@@ -282,12 +285,14 @@ ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
                 unsupported_reasons=_cohere2moe_reasons,
                 multipliers={"logit_scale": "logit_scale"},
                 reads_gating=True,
+                may_begin_dense=True,
             ),
             LlamaCppArchitecture(
                 name="lfm2moe",
                 families=("lfm2",),
                 score_function="sigmoid",
                 reads_gating=True,
+                may_begin_dense=True,
                 tensor_names={"norm.final": "token_embd_norm.weight"},
             ),
             LlamaCppArchitecture(
@@ -299,6 +304,7 @@ ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
                 needs_shared=True,
                 unsupported_reasons=_deepseek2_reasons,
                 reads_gating=True,
+                may_begin_dense=True,
                 counts_shared=True,
             ),
             LlamaCppArchitecture(

@@ -164,9 +164,10 @@ def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mappin
     from gguf import ExpertGatingFuncType
 
     architecture = target.architecture
-    width = tensors["blk.0.ffn_up_exps.weight"].shape[1]
-    # If an architecture has both lengths, this one is for layers without experts, which merges do not have, or for the
-    # dense FFN beside the experts.
+    first = rule.dense_layers[-1] + 1 if rule.dense_layers else 0
+    width = tensors[f"blk.{first}.ffn_up_exps.weight"].shape[1]
+    # If an architecture has both lengths, this one is for layers without experts, or for the dense FFN beside the
+    # experts.
     dense = tensors.get("blk.0.ffn_up.weight")
     writer.add_feed_forward_length(width if dense is None else dense.shape[0])
     writer.add_expert_count(rule.experts)
@@ -174,12 +175,12 @@ def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mappin
     if architecture.has_expert_width:
         writer.add_expert_feed_forward_length(width)
     if architecture.reads_gating:
-        writer.add_leading_dense_block_count(0)
+        writer.add_leading_dense_block_count(first)
         writer.add_expert_gating_func(ExpertGatingFuncType[rule.score_function.upper()])
         writer.add_expert_weights_scale(1.0)
         writer.add_expert_weights_norm(rule.renormalizes or rule.per_token == rule.experts)
     if target.shared:
-        shared = tensors["blk.0.ffn_down_shexp.weight"].shape[1]
+        shared = tensors[f"blk.{first}.ffn_down_shexp.weight"].shape[1]
         if architecture.counts_shared:
             writer.add_expert_shared_count(shared // width)
         else:

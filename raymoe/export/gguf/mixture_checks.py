@@ -82,7 +82,8 @@ def _implied_tensors(facts: ModelFacts, model: CheckpointModel) -> dict[str, flo
     for layer in range(model.spec.layers):
         for role, names in architecture.copies.items():
             found |= {name.format(layer=layer): architecture.backbone[role].format(layer=layer) for name in names}
-        found |= {row.name.format(layer=layer): row.value for row in rows}
+        has_experts = layer not in rule.dense_layers
+        found |= {row.name.format(layer=layer): row.value for row in rows if has_experts or row.is_of_attention}
     return found
 
 
@@ -126,8 +127,14 @@ def _shapes(model: CheckpointModel) -> Iterator[tuple[str, tuple[int, ...]]]:
     for row, _, name in spec.tensors():
         if not row.is_ffn:
             yield name, spec.shape_of(row)
-    width = model.weights[f"model.layers.0.{spec.family.ffn}.experts.0.up"].entry.shape[0]
-    for layer in range(spec.layers):
+    for layer in rule.dense_layers:
+        prefix = f"model.layers.{layer}.{spec.family.ffn}.plain"
+        inner = model.weights[f"{prefix}.up"].entry.shape[0]
+        yield f"{prefix}.gate", (inner, spec.hidden)
+        yield f"{prefix}.down", (spec.hidden, inner)
+    first, *_ = layers = rule.moe_layers(spec.layers)
+    width = model.weights[f"model.layers.{first}.{spec.family.ffn}.experts.0.up"].entry.shape[0]
+    for layer in layers:
         prefix = f"model.layers.{layer}.{spec.family.ffn}."
         yield f"{prefix}router", (rule.experts, spec.hidden)
         for expert in range(rule.experts):

@@ -52,7 +52,11 @@ def file_tensors(
     """All tensors of the file: those outside layers, then layer by layer."""
     mappings = list(_dense_mappings(spec, target, weights))
     if target.rule is not None:
-        for layer in range(spec.layers):
+        for layer in target.rule.dense_layers:
+            plain = f"model.layers.{layer}.{spec.family.ffn}.plain."
+            entries = {matrix: weights[plain + matrix] for matrix in _MATRICES}
+            mappings += [TensorMapping(f"blk.{layer}.ffn_{m}.weight", (e,), e.shape) for m, e in entries.items()]
+        for layer in target.rule.moe_layers(spec.layers):
             mlp = f"model.layers.{layer}.{spec.family.ffn}."
             mappings += _moe_mappings(f"blk.{layer}.ffn_", mlp, target.rule, target, weights)
     tensors = [
@@ -117,7 +121,7 @@ def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
             yield _constant_tensor(f"rope_factors_{length}.weight", (spec.rope_scaling or {})[f"{length}_factor"])
     if target.architecture.score_function == "sigmoid" and target.rule is not None:
         # The bias on the scores that choose experts; in a merge it is zero (`mixture_checks.check_mixture`).
-        for layer in range(spec.layers):
+        for layer in target.rule.moe_layers(spec.layers):
             yield _constant_tensor(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
     if target.rule is not None:
         for layer in range(spec.layers):

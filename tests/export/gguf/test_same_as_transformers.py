@@ -208,6 +208,40 @@ def test_longrope_has_factors_for_short_and_for_long_contexts(merged: Callable[.
 
 
 @pytest.mark.parametrize(
+    ("family", "host", "shared", "model"),
+    [
+        ("glm", "glm4_moe", 0, {}),
+        ("qwen3", "glm4_moe", 1, {}),
+        ("lfm2", "lfm2_moe", 0, {}),
+        ("cohere2", "cohere2_moe", 0, {}),
+        ("youtu", "deepseek_v3", 0, LATENT),
+    ],
+)
+def test_merges_whose_first_layer_has_no_experts(
+    family: str, host: str, shared: int, model: dict[str, Any], merged: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = merged(family, host, shared=shared, model=model, moe_layers="1-2")
+    written = write_gguf(folder, tmp_path / "model.gguf")
+    assert difference(load_merged(folder), written.path) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "layers", "reason"),
+    [
+        ("qwen3", "qwen3_moe", "1-2", r"qwen3moe.*: layers without experts \(0\): all of its layers have experts"),
+        ("llama", "deepseek", [2], r"llama.*: layers without experts \(0-1\): all of its layers"),
+        ("cohere2", "cohere2_moe", "even", r"layers without experts \(1\): only its first layers may have none"),
+    ],
+)
+def test_merges_whose_layers_without_experts_are_elsewhere_are_refused(
+    family: str, host: str, layers: Any, reason: str, merged: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = merged(family, host, moe_layers=layers)
+    with pytest.raises(ProblemReport, match=reason):
+        write_gguf(folder, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
     ("wrapper", "family", "text", "architecture"),
     [
         ("qwen3_5", "qwen3_5_text", LINEAR_HEADS, "qwen35moe"),
