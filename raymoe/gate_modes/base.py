@@ -71,9 +71,9 @@ class GateMode:
         if name in LAYER_INPUTS:
             return self.needs_forward_pass
         layer = layer_of(name)
-        if not self.needs_forward_pass or layer is None:
+        if not self.needs_forward_pass or layer is None or layer >= layers:
             return False
-        is_last = layer >= layers - 1
+        is_last = layer == layers - 1
         return not is_last or (not self.sums_layer_inputs and f".{ffn}." not in name)
 
     def layers_run(self, layers: int) -> int:
