@@ -66,7 +66,8 @@ class RoutingRule:
     """How a MoE architecture turns router scores into weights: `score_function` of all experts (softmax or sigmoid),
     then the highest `per_token` of them, made to sum to one if it `renormalizes`. `has_shared_gate`: the shared expert
     is weighted by the sigmoid of its own gate. `router_factor`: rows of the router are multiplied by it in the file.
-    `dense_layers`: the layers without experts.
+    `dense_layers`: the layers without experts. `granularity`: how many experts are parts of one source's FFN, as its
+    record says; they follow each other.
     """
 
     experts: int
@@ -78,6 +79,12 @@ class RoutingRule:
     score_function: str = "softmax"
     router_factor: float = 1.0
     dense_layers: tuple[int, ...] = ()
+    granularity: int = 1
+
+    @property
+    def sources_per_token(self) -> int:
+        """How many sources' FFNs work on a token, before any training."""
+        return max(1, self.per_token // self.granularity)
 
     def moe_layers(self, layers: int) -> list[int]:
         """Those of `layers` layers that have experts."""
