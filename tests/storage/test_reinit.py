@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_any_range_of_a_shard_is_the_same(zoo: Callable[..., Path]) -> None:
             whole = b"".join(shard_range(shard, 0, shard.nbytes, reader))
         with SourceReader(HubOptions()) as reader:
             cuts = [0, shard.nbytes // 3 + 1, shard.nbytes // 2 + 3, shard.nbytes]
-            pieces = [b"".join(shard_range(shard, a, b, reader)) for a, b in reversed(list(zip(cuts, cuts[1:])))]
+            pieces = [b"".join(shard_range(shard, a, b, reader)) for a, b in reversed(list(pairwise(cuts)))]
         assert b"".join(reversed(pieces)) == whole
 
 
