@@ -27,7 +27,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WINDOW, BATCH = 128, 16
-BASE_STEPS, STEPS, WARMUP, EVERY = 500, 300, 20, 100
+BASE_STEPS, STEPS, WARMUP, EVERY = 300, 150, 20, 50
 BASE_RATE, RATE = 3e-3, 1e-3
 # The weight of the loss that spreads tokens over experts (Switch Transformer's, as transformers computes it).
 BALANCE = 0.01
