@@ -44,6 +44,8 @@ class ConfigKeys(TypedDict, total=False):
     chat_template: bool
     backbone: str | Mapping[str, Any]
     modality: str
+    granularity: int
+    reinit: float
     moe_layers: str | Sequence[int]
     storage: Mapping[str, Any]
 

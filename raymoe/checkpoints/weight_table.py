@@ -48,8 +48,8 @@ class RoutingRule:
     then the highest `per_token` of them, made to sum to one if it `renormalizes`; a single one only if it
     `renormalizes_one`. `has_shared_gate`: the shared expert is weighted by the sigmoid of its own gate.
     `router_factor`: rows of the router are multiplied by it in the file.
-    `dense_layers`: the layers without experts.
-    """
+    `dense_layers`: the layers without experts. `granularity`: how many experts are parts of one source's FFN, as its
+    record says; they follow each other."""
 
     experts: int
     per_token: int
@@ -61,6 +61,12 @@ class RoutingRule:
     router_factor: float = 1.0
     renormalizes_one: bool = True
     dense_layers: tuple[int, ...] = ()
+    granularity: int = 1
+
+    @property
+    def sources_per_token(self) -> int:
+        """How many sources' FFNs work on a token, before any training."""
+        return max(1, self.per_token // self.granularity)
 
     def moe_layers(self, layers: int) -> list[int]:
         """Those of `layers` layers that have experts."""

@@ -29,7 +29,14 @@ from raymoe.config.coerce import (
 from raymoe.config.model_refs import ModelRef, parse_expert, parse_model_ref, with_expert
 from raymoe.config.prompt_sources import PromptFile, Prompts
 from raymoe.config.source_positions import Loc, short_repr, short_text, yaml_kind
-from raymoe.config.start_keys import ALL_LAYERS, MoeLayers, parse_moe_layers
+from raymoe.config.start_keys import (
+    ALL_LAYERS,
+    MoeLayers,
+    parse_granularity,
+    parse_moe_layers,
+    parse_reinit,
+    plain_moe_layers,
+)
 from raymoe.config.storage_block import plain_storage, storage_options
 from raymoe.engines import ENGINES
 from raymoe.gate_modes import ALIASES, DEFAULT_MODE, MODES
@@ -39,7 +46,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 PromptModel = Literal["base", "expert", "grafted"]
 Modality = Literal["text", "image-text"]
 
-NUMBER_KEYS = frozenset({"noise_scale", "residual_scale", "scale", "density"})
+NUMBER_KEYS = frozenset({"noise_scale", "residual_scale", "reinit", "scale", "density"})
 """Keys that take a number with a fraction."""
 
 _EXPERTS = ("experts", "shared_experts")
@@ -175,8 +182,8 @@ class ExpertConfig(BaseModel):
 
     In a config, `expert` beside `source_model` names one expert of a mixture; here it is a part of `source_model`.
     `noise_scale` is the standard deviation of Gaussian noise added to the FFN weights; `residual_scale` is a factor on
-    the FFN's output. `None` leaves the weights as they are. `chat_template` is raymoe's own key: `None` means that of
-    the whole config.
+    the FFN's output. `None` leaves the weights as they are. `reinit`, the share of channels that are drawn anew, and
+    `chat_template` are raymoe's own keys: `None` means that of the whole config.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -186,6 +193,7 @@ class ExpertConfig(BaseModel):
     negative_prompts: Prompts = ()
     noise_scale: Annotated[float | None, BeforeValidator(optional(_parse_noise_scale))] = None
     residual_scale: Annotated[float | None, BeforeValidator(optional(parse_finite))] = None
+    reinit: Annotated[float | None, BeforeValidator(optional(parse_reinit))] = None
     chat_template: Annotated[bool | None, PlainValidator(optional(parse_flag))] = None
 
 
@@ -196,11 +204,12 @@ class MergeConfig(BaseModel):
     """A whole merge config. Each value is valid by itself; `check_config` checks that they fit together.
 
     `dtype` is what the weights are stored in (`None`: what the base model's config names). `engines`, `prompt_model`,
-    `chat_template`, `modality`, `backbone`, `moe_layers` and `storage` are raymoe's own keys: which engines must
-    compute the output right; which model reads the prompts (`None`: the gate mode's default); whether it reads them
-    as a user turn of its chat template; whether the output reads images (`None`: if its base does and there is a MoE
-    architecture with its encoder); how attention, norms and embeddings are made; which layers have experts; and how
-    object stores are reached.
+    `chat_template`, `modality`, `backbone`, `granularity`, `reinit`, `moe_layers` and `storage` are raymoe's own keys:
+    which engines must compute the output right; which model reads the prompts (`None`: the gate mode's default);
+    whether it reads them as a user turn of its chat template; whether the output reads images (`None`: if its base does
+    and there is a MoE architecture with its encoder); how attention, norms and embeddings are made; in how many experts
+    each FFN is cut; which share of its channels is drawn anew; which layers have experts; and how object stores are
+    reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -219,7 +228,11 @@ class MergeConfig(BaseModel):
     backbone: Annotated[
         BackboneConfig, PlainValidator(optional(parse_backbone, BASE_BACKBONE)), PlainSerializer(plain_backbone)
     ] = BASE_BACKBONE
-    moe_layers: Annotated[MoeLayers, PlainValidator(optional(parse_moe_layers, ALL_LAYERS))] = ALL_LAYERS
+    granularity: Annotated[int, PlainValidator(optional(parse_granularity, 1))] = 1
+    reinit: Annotated[float | None, BeforeValidator(optional(parse_reinit))] = None
+    moe_layers: Annotated[
+        MoeLayers, PlainValidator(optional(parse_moe_layers, ALL_LAYERS)), PlainSerializer(plain_moe_layers)
+    ] = ALL_LAYERS
     storage: Annotated[StorageOptions, PlainValidator(_parse_storage), PlainSerializer(plain_storage)] = (
         StorageOptions()
     )
@@ -243,6 +256,12 @@ class MergeConfig(BaseModel):
     def reads_prompts(self) -> bool:
         """Whether the router or the backbone is computed from the experts' prompts."""
         return self.needs_prompts or self.backbone.needs_prompts
+
+    def reinit_of(self, expert: ExpertConfig, experts: str) -> float:
+        """The share of channels of one of this config's experts that are drawn anew. `experts` is the key that it is
+        under: the share of the whole config is that of `experts` only."""
+        share = self.reinit if expert.reinit is None and experts == "experts" else expert.reinit
+        return share or 0.0
 
     def uses_chat_template(self, expert: ExpertConfig) -> bool:
         """Whether the prompts of one of this config's experts are put into the chat template."""

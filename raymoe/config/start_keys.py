@@ -45,6 +45,11 @@ def parse_moe_layers(value: Any) -> MoeLayers:
     return parse_choice(value, _WORDS, {"every": ALL_LAYERS})
 
 
+def plain_moe_layers(value: MoeLayers) -> str | list[int]:
+    """The value of `moe_layers` as JSON has it."""
+    return value if isinstance(value, str) else list(value)
+
+
 def chosen_layers(value: MoeLayers, layers: int) -> list[int] | str:
     """The layers with experts of a model with `layers` layers, in ascending order. A text says what is wrong.
 

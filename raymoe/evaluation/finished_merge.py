@@ -84,11 +84,15 @@ def unique_names(names: Sequence[str]) -> tuple[str, ...]:
 def open_mixture(merge: EvaluatedMerge) -> CheckpointModel:
     """The merge as a table of weights. Raises ProblemReport if it is not as raymoe wrote it."""
     model = mixture_model(merge.facts)
-    if model.rule is not None and model.rule.experts != len(merge.names):
-        what = f"it has {model.rule.experts} experts, but its record (raymoe.json) names {len(merge.names)}"
+    granularity = merge.config.granularity
+    if model.rule is None:
+        return model
+    if model.rule.experts != len(merge.names) * granularity:
+        parts = f" of {granularity} parts each" if granularity > 1 else ""
+        what = f"it has {model.rule.experts} experts, but its record (raymoe.json) names {len(merge.names)}{parts}"
         remedy = "name a merge as raymoe wrote it"
         raise ProblemReport([Problem(where=merge.facts.label, what=what, remedy=remedy)])
-    return model
+    return replace(model, rule=replace(model.rule, granularity=granularity))
 
 
 def open_tokenizer(merge: EvaluatedMerge, options: ReadingOptions) -> Any:

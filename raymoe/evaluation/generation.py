@@ -142,7 +142,7 @@ class Generator:
             "model": self._place,
             "architecture": self._merge.facts.config["model_type"],
             "experts": list(self._names),
-            "experts_per_token": rule.per_token,
+            "experts_per_token": rule.sources_per_token,
             "layers": self._mixture.spec.layers,
             "device": self._device,
             "weights": "resident" if self.is_resident else "streamed",

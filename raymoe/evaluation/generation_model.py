@@ -167,8 +167,7 @@ class GenerationModel:
         self, number: int, layer: torch.nn.Module, arguments: object, output: object, *, drop: bool
     ) -> None:
         ffn = getattr(layer, self._family.ffn)
-        if isinstance(ffn, MoeBlock) and ffn.choice is not None:
-            choice = ffn.choice
+        if isinstance(ffn, MoeBlock) and (choice := ffn.choice_of_sources) is not None:
             self._on_routing(number, choice.experts.cpu().numpy(), choice.weights.float().cpu().numpy())
         if drop:
             setattr(layer, self._family.ffn, torch.nn.Identity())

@@ -76,10 +76,22 @@ class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy h
             output_NH += self._shared(states_NH)
         return output_NH.reshape(hidden_BTH.shape)
 
+    @property
+    def choice_of_sources(self) -> Choice | None:
+        """`choice` by source model: the `sources_per_token` of them whose experts have the largest weights together."""
+        parts = self._rule.granularity
+        if self.choice is None or parts == 1:
+            return self.choice
+        weights = torch.zeros(len(self.choice.experts), self._rule.experts // parts, device=self.choice.weights.device)
+        weights.scatter_add_(1, self.choice.experts // parts, self.choice.weights.float())
+        largest, sources = weights.topk(min(self._rule.sources_per_token, weights.shape[1]), dim=-1)
+        return Choice(experts=sources, weights=largest)
+
     def _choose(self, states_NH: torch.Tensor, tokens: int) -> Choice:
         if self.route.forced is not None:
-            chosen = self.route.forced.repeat_interleave(tokens)[:, None]
-            return Choice(experts=chosen, weights=torch.ones(chosen.shape, device=states_NH.device))
+            parts = torch.arange(self._rule.granularity, device=states_NH.device)
+            chosen = self.route.forced.repeat_interleave(tokens)[:, None] * len(parts) + parts
+            return Choice(experts=chosen, weights=torch.full(chosen.shape, 1 / len(parts), device=states_NH.device))
         if self.route.router is None:
             scores_NE = torch.nn.functional.linear(states_NH, self._tensors["router"]) / self._rule.router_factor
         else:

@@ -76,7 +76,8 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
         "seed": inputs.merge.options.seed,
         "layers": inputs.mixture.spec.layers,
         **({"moe_layers": rule.moe_layers(inputs.mixture.spec.layers)} if rule.dense_layers else {}),
-        "experts_per_token": rule.per_token,
+        "experts_per_token": rule.sources_per_token,
+        **({"granularity": rule.granularity} if rule.granularity > 1 else {}),
         **_by_top_k(inputs, options, loss),
         "experts": list(inputs.names),
         "data": data_summary(inputs.texts, inputs.tokens, str(data)),
@@ -195,7 +196,11 @@ class _Computation:
         dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.{first}.{mixture.spec.family.ffn}.router"].entry.dtype]
 
         def stacked(*, shared: bool) -> Float32:
-            layers = [router_rows(gates, rows, Router(layer=layer, shared=shared)) for layer in range(gates.layers)]
+            repeat = None if shared or mixture.rule is None else mixture.rule.granularity
+            layers = [
+                router_rows(gates, rows, Router(layer=layer, shared=shared, repeat=repeat))
+                for layer in range(gates.layers)
+            ]
             return np.stack(layers).astype(dtype).astype(np.float32)
 
         shared_rows = stacked(shared=True) if gates.shared else None

@@ -147,11 +147,11 @@ class _Pass:
 
     def _report_routing(self, layer: int, variant: Variant, number: int) -> None:
         ffn = self._decoder.ffn_of(layer)
-        if variant.on_routing is None or not isinstance(ffn, MoeBlock) or ffn.choice is None:
+        if variant.on_routing is None or not isinstance(ffn, MoeBlock) or (choice := ffn.choice_of_sources) is None:
             return
         rows, tokens = self._batches[number].ids.shape
-        experts = ffn.choice.experts.reshape(rows, tokens, -1).cpu().numpy()
-        weights = ffn.choice.weights.reshape(rows, tokens, -1).cpu().numpy()
+        experts = choice.experts.reshape(rows, tokens, -1).cpu().numpy()
+        weights = choice.weights.reshape(rows, tokens, -1).cpu().numpy()
         for row, text in enumerate(self._groups[number]):
             length = len(self._texts[text])
             variant.on_routing(layer, text, experts[row, :length], weights[row, :length])

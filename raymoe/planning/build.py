@@ -5,6 +5,7 @@ Every problem that configs and headers can show is collected and raised once, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
@@ -57,7 +58,7 @@ from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_d
 from raymoe.sources.facts import ModelFacts, SideFile
 from raymoe.sources.folder_protocol import PROCESSOR_FILES, has_vocabulary, matches
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
-from raymoe.tensor_names import HEAD
+from raymoe.tensor_names import HEAD, layer_of
 
 # Keys of the base's config.json that describe the dense model, and would be wrong or unused in the MoE's.
 _DROPPED_KEYS = frozenset(
@@ -115,6 +116,7 @@ def build_plan(
         raise ProblemReport([*problems, Problem(where="moe_layers", what=what, remedy=remedy)])
     moe = _moe_shape(config, base, chosen)
     problems += _plain_layer_problems(config, base_facts, moe)
+    problems += _granularity_problems(config, base)
     selection = select_moe_architecture(
         base,
         moe,
@@ -207,7 +209,7 @@ def _permuted_head_problems(config: MergeConfig, models: Mapping[str, ModelFacts
             where=f"{where} ({facts.label})",
             what=f"it is a {facts.mixture.title} with the rows of its heads in another order than those of a "
             f"{facts.config['model_type']} model, and {reader} computes with them",
-            remedy="use gate_mode: random or cheap_embed and backbone: base",
+            remedy="use a gate mode that runs no model (`raymoe merge --help` lists them) and backbone: base",
         )
         for where, facts in models.items()
         if facts.mixture and facts.mixture.has_permuted_heads and reader and (where == "base_model" or of_experts)
@@ -253,8 +255,20 @@ def _plan_members(
                 if spec not in specs:
                     specs.append(spec)
                 shared = specs[specs.index(spec)]
-                members.append(Member(owner=Owner(kind, number), config=expert, facts=model, spec=shared))
+                whole = expert.model_copy(update={"reinit": config.reinit_of(expert, key)})
+                members.append(Member(owner=Owner(kind, number), config=whole, facts=model, spec=shared))
     return members
+
+
+def _granularity_problems(config: MergeConfig, base: DenseSpec) -> list[Problem]:
+    """A problem if the FFN can't be cut into so many experts of equal width."""
+    if not (uneven := [width for width in base.ffn_widths if width % config.granularity]):
+        return []
+    common = math.gcd(*base.ffn_widths)
+    some = [number for number in range(2, 65) if common % number == 0]
+    what = f"granularity is {config.granularity}, which does not divide the width of the base's FFN, {uneven[0]}"
+    remedy = f"write a number that divides it: {', '.join(map(str, some))}" if some else "leave it out"
+    return [Problem(where="granularity", what=what, remedy=remedy)]
 
 
 def _as_text(layers: MoeLayers) -> str:
@@ -263,11 +277,12 @@ def _as_text(layers: MoeLayers) -> str:
 
 def _moe_shape(config: MergeConfig, base: DenseSpec, moe_layers: Sequence[int]) -> MoeShape:
     return MoeShape(
-        experts=len(config.experts),
-        experts_per_token=config.experts_per_token,
+        experts=len(config.experts) * config.granularity,
+        experts_per_token=config.experts_per_token * config.granularity,
         shared=len(config.shared_experts),
         shared_has_prompts=any(e.positive_prompts or e.negative_prompts for e in config.shared_experts),
         needs_prompts=MODES[config.gate_mode].needs_prompts,
+        granularity=config.granularity,
         dense_layers=tuple(layer for layer in range(base.layers) if layer not in moe_layers),
     )
 
@@ -384,6 +399,7 @@ def _assemble(
         engine_warnings=() if wrapper else tuple(engine_warnings(config.engines, base, moe, architecture)),
         backbone=backbone.report,
         moments=moments,
+        granularity=config.granularity,
         digest=plan_digest(shards, output_config, side_files, gates, moments=moments, strict=options.strict),
     )
 
@@ -440,7 +456,8 @@ def _gate_plan(
 
     @cache
     def is_needed(name: str) -> bool:
-        return mode.needs_parameter(name, layers, base.family.ffn)
+        layer = layer_of(name)
+        return (layer is None or layer < layers) and mode.needs_parameter(name, layers, base.family.ffn)
 
     def needed(weights: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
         return {name: ref for name, ref in weights.items() if is_needed(name)}

@@ -25,7 +25,10 @@ OUTPUT_FORMAT = 2
 _DIGEST_NAMES = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantize": "quantise"}
 # Plans without these newer fields keep their digests.
 _LEFT_OUT_IF_NONE = frozenset(
-    {"whole", "magnitude", "heads", "content", "combined", "factor", "moments", "inverse", "router_layers"}
+    [
+        *("whole", "magnitude", "heads", "content", "combined", "factor", "moments"),
+        *("inverse", "router_layers", "columns", "reinit", "repeat"),
+    ]
 )
 # The text of a plan with 200,000 tensors has hundreds of megabytes. It is hashed in pieces by its outer levels: shard
 # by shard, and member by member of the gates.

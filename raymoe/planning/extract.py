@@ -16,6 +16,7 @@ from typing import Any
 from raymoe.architectures import MOE_ARCHITECTURES, DenseSpec, MoeShape
 from raymoe.architectures.wrappers import find_wrapper
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gate_modes import MODES
 from raymoe.planning.build import plan_source, travels_with_text
 from raymoe.planning.compatibility import check_tensors, load_spec, text_part_warnings
 from raymoe.planning.digest import plan_digest
@@ -75,7 +76,7 @@ def plan_extraction(facts: ModelFacts, shared: ModelFacts | None, options: Merge
         file for file in facts.side_files if travels_with_text(file, copy_tokenizer=options.copy_tokenizer)
     )
     gates = GatePlan(
-        mode="random",
+        mode=next(name for name, mode in MODES.items() if not mode.needs_prompts),  # there is no router
         prompt_model="base",
         layers=spec.layers,
         hidden=spec.hidden,

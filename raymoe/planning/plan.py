@@ -101,9 +101,24 @@ class HeadPermutation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reinit:
+    """Channels of an expert's FFN that are drawn anew: rows of its gate and up matrices, columns of its down matrix.
+
+    Attributes:
+        share: The share of channels, rounded down to whole ones.
+        channels: The name from which, with the seed, the channels are drawn: the same for the matrices of an expert.
+        of_columns: The channels are columns.
+    """
+
+    share: float
+    channels: str
+    of_columns: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """The tensor of `source`, plus its LoRA delta, plus noise, times `scale`, with rows permuted by `heads`, cast to
-    the part's dtype, in this order.
+    """The tensor of `source`, plus its LoRA delta, of it the `columns` from the first to before the last, with channels
+    drawn anew, plus noise, times `scale`, with rows permuted by `heads`, cast to the part's dtype, in this order.
 
     Computed in float32. `noise_scale` is the standard deviation of Gaussian noise drawn from (seed, output name).
     """
@@ -114,6 +129,8 @@ class Transform:
     scale: float | None = None
     seed: int = 0
     heads: HeadPermutation | None = None
+    columns: tuple[int, int] | None = None
+    reinit: Reinit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,11 +203,12 @@ class Combine:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
     """Rows of the router of `layer`: one per expert, or with `shared` the one row of the shared experts' gate. They are
-    multiplied by `factor`; None: by 1."""
+    multiplied by `factor`; None: by 1. Each row is there `repeat` times, one after the other; None: once."""
 
     layer: int
     shared: bool = False
     factor: float | None = None
+    repeat: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -497,8 +515,9 @@ class Totals:
 class MergePlan:
     """Everything an executor needs. `digest` names the weights, config and side files: equal digests, equal bytes.
 
-    `features` are those on which engines differ (`raymoe.engines.FEATURES`). `engine_warnings` name the engines that
-    load the merge and compute something else, one sentence each.
+    `granularity` is the number of experts that each FFN is cut into. `features` are those on which engines differ
+    (`raymoe.engines.FEATURES`). `engine_warnings` name the engines that load the merge and compute something else, one
+    sentence each.
     """
 
     architecture: str
@@ -514,6 +533,7 @@ class MergePlan:
     backbone: BackboneReport
     digest: str
     moments: MomentPlan | None = None
+    granularity: int = 1
     features: tuple[str, ...] = ()
     engine_warnings: tuple[str, ...] = ()
 
@@ -538,7 +558,7 @@ class MergePlan:
     @property
     def _facts(self) -> tuple[tuple[str, str], ...]:
         """The summary that a notebook shows: a plan itself lists every tensor."""
-        totals, experts, shards = self.totals, len(self.gates.experts), len(self.shards)
+        totals, experts, shards = self.totals, self.experts, len(self.shards)
         active = human_count(totals.active_parameters)
         return (
             ("experts", f"{experts} {plural('expert', experts)}"),
@@ -553,6 +573,11 @@ class MergePlan:
         """The title of what is written: of a MoE architecture, or of the dense family of an extracted expert."""
         found = MOE_ARCHITECTURES.get(self.architecture)
         return found.title if found is not None and self.gates.experts else FAMILIES[self.architecture].title
+
+    @property
+    def experts(self) -> int:
+        """How many experts a layer has."""
+        return len(self.gates.experts) * self.granularity
 
     @property
     def text_config(self) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
+from typing import Any
 
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape
 from raymoe.architectures.moe_architecture import ConstantRow
@@ -22,6 +23,7 @@ from raymoe.planning.plan import (
     HeadPermutation,
     Part,
     PartSource,
+    Reinit,
     Router,
     Transform,
     Transposed,
@@ -127,9 +129,9 @@ def _member_tensors(
 ) -> Iterator[OutputTensor]:
     """The FFN of one expert or shared expert. Roles with the same name share one tensor, row by row."""
     by_name = _roles_by_name(names)
-    for matrices in _ffn_layers(member, moe, dtype, seed):
+    for number, matrices in _ffn_experts(member, moe, dtype, seed):
         for template, roles in by_name.items():
-            output = template.format(layer=matrices[roles[0]].layer, expert=member.owner.index)
+            output = template.format(layer=matrices[roles[0]].layer, expert=number)
             (width,) = {matrices[role].shape[1:] for role in roles}
             shape = (sum(matrices[role].shape[0] for role in roles), *width)
             what = matrices[roles[0]].what if len(roles) == 1 else _pieces(output, matrices, roles)
@@ -141,21 +143,25 @@ def _fuse_experts(
 ) -> Iterator[OutputTensor]:
     """The FFNs of all experts of a layer as the architecture's few tensors of (experts, rows, columns). All layers have
     the width of the widest: narrower FFNs end with zeros."""
-    width = max(members[0].spec.ffn_widths)
-    for of_layer in zip(*(_ffn_layers(member, moe, dtype, seed) for member in members), strict=True):
+    width, count = max(members[0].spec.ffn_widths) // moe.granularity, moe.experts
+    experts = sorted(
+        (e for m in members for e in _ffn_experts(m, moe, dtype, seed)), key=lambda e: (_layer(e[1]), e[0])
+    )
+    for _, group in groupby(experts, key=lambda expert: _layer(expert[1])):
+        of_layer = list(group)
         for template, roles in _roles_by_name(architecture.expert).items():
-            output = template.format(layer=of_layer[0][roles[0]].layer)
+            output = template.format(layer=_layer(of_layer[0][1]))
             what = tuple(
                 padded
-                for member, matrices in zip(members, of_layer, strict=True)
-                for role, piece in zip(roles, _pieces(f"{output}[{member.owner.index}]", matrices, roles), strict=True)
+                for number, matrices in of_layer
+                for role, piece in zip(roles, _pieces(f"{output}[{number}]", matrices, roles), strict=True)
                 for padded in _pad(piece, role, width, dtype)
             )
             if architecture.transposes_experts:
                 each = [what[start : start + len(roles)] for start in range(0, len(what), len(roles))]
                 what = tuple(_transpose(pieces, dtype) for pieces in each)
-            rows = sum(piece.shape[0] for piece in what) // len(members)
-            shape = (len(members), rows, what[0].shape[1])
+            rows = sum(piece.shape[0] for piece in what) // count
+            shape = (count, rows, what[0].shape[1])
             yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=ALL_EXPERTS, what=what)
 
 
@@ -187,9 +193,10 @@ def _widen_shared(
 ) -> Iterator[OutputTensor]:
     """Several shared experts as one of their total width, which is exactly their sum: rows of gate and up stacked,
     columns of down side by side."""
-    for of_layer in zip(*(_ffn_layers(member, moe, dtype, seed) for member in members), strict=True):
+    for experts in zip(*(_ffn_experts(member, moe, dtype, seed) for member in members), strict=True):
+        of_layer = [matrices for _, matrices in experts]
         for template, roles in _roles_by_name(names).items():
-            output = template.format(layer=of_layer[0][roles[0]].layer)
+            output = template.format(layer=_layer(of_layer[0]))
             blocks = [
                 Piece(name=f"{output}[{member.owner.index}].{role[4:]}", shape=found[role].shape, what=found[role].what)
                 for role in roles
@@ -208,6 +215,62 @@ def _widen_shared(
 def _single_part(piece: Piece, dtype: str) -> Part:
     nbytes = math.prod(piece.shape) * DTYPE_BYTES[dtype]
     return Part(name=piece.name, dtype=dtype, shape=piece.shape, start=0, end=nbytes, what=piece.what)
+
+
+def _layer(matrices: Mapping[str, _Matrix]) -> int:
+    """The layer of a FFN."""
+    layer = next(iter(matrices.values())).layer
+    assert layer is not None
+    return layer
+
+
+def _ffn_experts(member: Member, moe: MoeShape, dtype: str, seed: int) -> Iterator[tuple[int, Mapping[str, _Matrix]]]:
+    """The experts that a member's FFN is cut into, layer by layer: their numbers, and their matrices by role. A shared
+    expert is whole."""
+    granularity, reinit = 1 if member.is_shared else moe.granularity, member.config.reinit
+    for matrices in _ffn_layers(member, moe, dtype, seed):
+        for part in range(granularity):
+            number = (member.owner.index or 0) * granularity + part
+            expert = _cut(matrices, part, granularity, seed) if granularity > 1 else matrices
+            if reinit:
+                channels = f"layer {_layer(matrices)} {member.owner.kind.value} {number}"
+                expert = {role: _redrawn(each, reinit, channels, seed) for role, each in expert.items()}
+            yield number, expert
+
+
+def _cut(matrices: Mapping[str, _Matrix], part: int, parts: int, seed: int) -> dict[str, _Matrix]:
+    """One of the experts of equal width that a FFN is cut into: rows of gate and up, columns of down, times `parts`.
+
+    The experts' outputs add up to `parts` times that of the FFN: each of them gets 1 / `parts` of the router's weight.
+    The factor is on down alone, where it is exact whatever the activation is.
+    """
+    found = {}
+    for role, matrix in matrices.items():
+        rows, columns = matrix.shape
+        width = (columns if role == "ffn.down" else rows) // parts
+        first, last = part * width, (part + 1) * width
+        what = matrix.what
+        assert isinstance(what, (Copy, Transform))
+        if role == "ffn.down":
+            whole = what if isinstance(what, Transform) else Transform(source=what.source, seed=seed)
+            scale = parts * (1.0 if whole.scale is None else whole.scale)
+            cut = replace(whole, columns=(first, last), scale=scale)
+            found[role] = replace(matrix, shape=(rows, width), what=cut)
+        else:
+            changes: dict[str, Any] = {"source": slice_rows(what.source, first, last)}
+            if isinstance(what, Transform) and what.lora is not None:
+                changes["lora"] = slice_lora(what.lora, first, last)
+            found[role] = replace(matrix, shape=(width, columns), what=replace(what, **changes))
+    return found
+
+
+def _redrawn(matrix: _Matrix, share: float, channels: str, seed: int) -> _Matrix:
+    """A matrix of an expert with a share of its channels drawn anew."""
+    what = matrix.what
+    assert isinstance(what, (Copy, Transform))
+    whole = what if isinstance(what, Transform) else Transform(source=what.source, seed=seed)
+    reinit = Reinit(share=share, channels=channels, of_columns=matrix.role == "ffn.down")
+    return replace(matrix, what=replace(whole, reinit=reinit))
 
 
 def _ffn_layers(member: Member, moe: MoeShape, dtype: str, seed: int) -> Iterator[Mapping[str, _Matrix]]:
@@ -283,7 +346,8 @@ def computed_tensors(
             if row.is_of_attention:
                 yield _constant_tensor(row, spec, layer, dtype)
     for layer in moe.layers(spec):
-        router = Router(layer=layer, factor=None if factor == 1.0 else factor)
+        repeat = moe.granularity if moe.granularity > 1 else None
+        router = Router(layer=layer, factor=None if factor == 1.0 else factor, repeat=repeat)
         yield _computed_tensor(architecture.router.format(layer=layer), (moe.experts, spec.hidden), dtype, router)
         if moe.shared and architecture.shared_router:
             name = architecture.shared_router.format(layer=layer)

@@ -187,7 +187,7 @@ def _matrices(part: Part) -> tuple[Part, ...]:
 
 def _is_slow(what: PartSource) -> bool:
     if isinstance(what, Transform):
-        return what.lora is not None or what.noise_scale is not None
+        return what.lora is not None or what.noise_scale is not None or what.reinit is not None
     return isinstance(what, Combine)
 
 

@@ -98,7 +98,7 @@ def _title_section(plan: MergePlan, config: MergeConfig, architecture: MoeArchit
     yield ""
     yield (
         f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
-        f"for a token ({config.experts_per_token} of {len(config.experts)} experts). "
+        f"for a token ({config.experts_per_token * plan.granularity} of {plan.experts} experts). "
         f"{backbone_source(plan, code_span(str(config.base_model)))}; each expert contributes its feed-forward "
         "weights. Nothing was trained."
     )
@@ -236,8 +236,8 @@ def _loading_section(
         yield ""
     yield from _engine_lines(plan)
     shape = MoeShape(
-        experts=len(config.experts),
-        experts_per_token=config.experts_per_token,
+        experts=plan.experts,
+        experts_per_token=config.experts_per_token * plan.granularity,
         shared=len(config.shared_experts or ()),
     )
     if architecture.runs_in_llama_cpp(shape):

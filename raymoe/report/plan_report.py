@@ -104,7 +104,7 @@ def print_plan(
         return
     console = rich_console()
     totals, host = plan.totals, MOE_ARCHITECTURES[plan.architecture]
-    experts = f"{len(plan.gates.experts)} experts, {plan.text_config['num_experts_per_tok']} for each token"
+    experts = f"{plan.experts} experts, {plan.text_config['num_experts_per_tok']} for each token"
     class_name = plan.config["architectures"][0]
     console.print(f"{host.title} ({class_name}), {experts}, {plan.dtype}", style="bold")
     active = human_count(totals.active_parameters)

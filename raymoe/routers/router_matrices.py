@@ -80,6 +80,8 @@ def router_rows(gates: GatePlan, rows: RouterRows, what: Router) -> npt.NDArray[
     router = np.stack(
         [rows[owner][what.layer] if owner in rows else _drawn_rows(gates, owner, 1, what.layer)[0] for owner in owners]
     )
+    if what.repeat is not None:
+        router = np.repeat(router, what.repeat, axis=0)
     return router if what.factor is None else router * np.float32(what.factor)
 
 

@@ -7,15 +7,22 @@ every random number and every rounding depends on the plan alone, not on the act
 threads. If rows are permuted within heads, a block consists of whole heads. Blocks with noise or a LoRA delta take
 time, so threads compute a few of them ahead. Casting and scaling are elementwise, so any blocks give the same bytes:
 theirs are small enough to stay in the processor's cache.
+
+Channels that are drawn anew (`Reinit`) get normal random numbers with the mean and the standard deviation that the
+matrix has in these channels, as in Drop-Upcycling (Nakamura et al. 2025, https://arxiv.org/abs/2502.19261, section 3).
+These two are measured first, in float64, in the same blocks. Which channels they are depends on the seed and the expert
+alone, so all matrices of an expert have the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -23,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.errors import MergeFailed
-from raymoe.planning.plan import Part, Transform
+from raymoe.planning.plan import Part, Reinit, Transform
 from raymoe.sources.facts import LoraPair, TensorEntry
 from raymoe.storage.source_reader import SourceReader, run_ahead
 from raymoe.storage.value_checks import has_non_finite
@@ -42,6 +49,9 @@ THREADS = min(4, os.cpu_count() or 1)
 Float32 = npt.NDArray[np.float32]
 Rows = slice | npt.NDArray[np.int64]
 """Rows of a tensor: a block, or some of them in ascending order."""
+_measured: dict[Any, tuple[float, float]] = {}
+_locks: dict[Any, threading.Lock] = {}
+_guard = threading.Lock()
 _Rows = TypeVar("_Rows", bound=Any)
 _Result = TypeVar("_Result")
 
@@ -77,7 +87,7 @@ def dora_factors(magnitude: npt.NDArray[np.float64], lengths: npt.NDArray[np.flo
 def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: int, end: int) -> Iterator[memoryview]:
     """Bytes [start, end) of a transformed part, block by block, in order."""
     shape = what.source.shape
-    is_cast = what.lora is None and what.noise_scale is None
+    is_cast = what.lora is None and what.noise_scale is None and what.reinit is None
     blocks = []
     together = what.heads.head_dim if what.heads is not None else 1
     for number, rows in enumerate(row_blocks(shape, _CAST_ELEMENTS if is_cast else BLOCK_ELEMENTS, together)):
@@ -108,6 +118,9 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
     if what.lora is not None:
         block = with_lora(reader, block, what.lora, rows)
         _note_zero_rows(reader, part, what.lora, block, rows)
+    block = _cut_columns(block, what)
+    if what.reinit is not None:
+        block = _redraw(reader, part, what, what.reinit, number, rows, block)
     if what.noise_scale is not None:
         noise = _generator(what.seed, part.name, number).standard_normal(block.shape, dtype=np.float32)
         block += np.float32(what.noise_scale) * noise
@@ -116,6 +129,66 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
     if what.heads is not None:
         block = permute_heads(block, what.heads.head_dim, what.heads.order)
     return cast_block(reader, part, block, lambda: _non_finite_origin(reader, what, rows))
+
+
+def _cut_columns(block: Float32, what: Transform) -> Float32:
+    return block if what.columns is None else block[:, slice(*what.columns)]
+
+
+def _redraw(
+    reader: SourceReader, part: Part, what: Transform, reinit: Reinit, number: int, rows: slice, block: Float32
+) -> Float32:
+    """A block with the numbers of the chosen channels drawn anew."""
+    chosen = chosen_channels(what.seed, reinit, part.shape[1] if reinit.of_columns else part.shape[0])
+    if not reinit.of_columns:
+        chosen = chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start
+    mean, deviation = _moments(reader, what, part.shape)
+    place = (slice(None), chosen) if reinit.of_columns else (chosen, slice(None))
+    drawn = _generator(what.seed, f"{part.name}/reinit", number).standard_normal(block[place].shape, dtype=np.float32)
+    block = block.copy()  # it may be a view of the bytes that were read
+    block[place] = np.float32(mean) + np.float32(deviation) * drawn
+    return block
+
+
+@lru_cache(maxsize=64)
+def chosen_channels(seed: int, reinit: Reinit, width: int) -> npt.NDArray[np.int64]:
+    """The channels to draw anew, in ascending order: `share` of `width`, rounded down."""
+    count = int(round(reinit.share * width, 6))
+    return np.sort(_generator(seed, f"{reinit.channels}/channels", 0).permutation(width)[:count])
+
+
+def _moments(reader: SourceReader, what: Transform, shape: tuple[int, ...]) -> tuple[float, float]:
+    """The mean and the standard deviation of a matrix in its channels that are drawn anew. They are measured once per
+    process, and cached."""
+    # A local file that was written again is another file, although it compares equal.
+    entries = (what.source, *(what.lora.entries.values() if what.lora is not None else ()))
+    key = what, tuple(entry.file.stamp for entry in entries)
+    with _guard:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:
+        if key not in _measured:
+            _measured[key] = _measure(reader, what, shape)
+        return _measured[key]
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _measure(reader: SourceReader, what: Transform, shape: tuple[int, ...]) -> tuple[float, float]:
+    assert what.reinit is not None
+    of_columns = what.reinit.of_columns
+    chosen = chosen_channels(what.seed, what.reinit, shape[1] if of_columns else shape[0])
+    count, sums, squares = 0, [], []
+    for rows in row_blocks(what.source.shape):
+        block = read_rows(reader, what.source, rows)
+        if what.lora is not None:
+            block = with_lora(reader, block, what.lora, rows)
+        block = _cut_columns(block, what)
+        place = chosen if of_columns else chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start
+        values = (block[:, place] if of_columns else block[place]).astype(np.float64)
+        count += values.size
+        sums.append(float(values.sum()))
+        squares.append(float(np.square(values).sum()))
+    mean = math.fsum(sums) / max(1, count)
+    return mean, math.sqrt(max(0.0, math.fsum(squares) / max(1, count) - mean * mean))
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -97,7 +97,7 @@ def test_the_width_of_plain_layers_is_that_of_the_model(pair: Pair, zoo: Callabl
 
 def test_no_prompt_passes_layers_behind_the_last_router(zoo: Callable[..., Path], tmp_path: Path) -> None:
     base, expert = (zoo("qwen3", seed=seed, num_hidden_layers=LAYERS) for seed in range(2))
-    config = merge_config(base, [base, expert], mode="ridge", moe_layers=[0, 2])
+    config = merge_config(base, [base, expert], mode="ridge", prompt_model="base", moe_layers=[0, 2])
 
     plan = merge_without_ray(config, tmp_path / "some")
     whole = merge_without_ray({**config, "moe_layers": "all"}, tmp_path / "all")

@@ -65,3 +65,39 @@ def test_bad_layers(given: Any, what: str, remedy: str) -> None:
 def test_layers_that_the_model_does_not_have() -> None:
     assert chosen_layers("2-4", 4) == "there is no layer 4: the base has 4 layers, numbered from 0 to 3"
     assert chosen_layers("odd", 1) == "odd names no layer of a model with 1"
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "what", "remedy"),
+    [
+        ({"granularity": 0}, "granularity", "0 is no number of experts", "2 or more; 1 leaves it whole"),
+        ({"granularity": "4"}, "granularity", "expected a whole number, got the text '4'", "without quotes"),
+        ({"granularity": 2.5}, "granularity", "expected a whole number, got 2.5", "for example 4"),
+        ({"reinit": 1.5}, "reinit", "1.5 is not a share", "from 0 to 1; the paper of Drop-Upcycling takes 0.5"),
+        ({"reinit": -0.1}, "reinit", "-0.1 is not a share", "from 0 to 1"),
+        ({"reinit": "half"}, "reinit", "expected a number, got the text 'half'", "for example 0.1"),
+        (
+            {"experts": [{"source_model": "b", "reinit": 2}, {"source_model": "c"}]},
+            "experts[0].reinit",
+            "2.0 is not a share",
+            "from 0 to 1",
+        ),
+    ],
+)
+def test_bad_numbers(keys: dict[str, Any], where: str, what: str, remedy: str) -> None:
+    ((found, said, hint),) = problems(**keys)
+    assert found.startswith(where)
+    assert what in said
+    assert remedy in hint
+
+
+def test_numbers() -> None:
+    config = make_config({**TWO, "granularity": 4, "reinit": 0.5})
+    (first, _), shared = config.experts, config.experts[1].model_copy(update={"reinit": 0.25})
+    assert (config.granularity, config.reinit_of(first, "experts"), config.reinit_of(first, "shared_experts")) == (
+        4,
+        0.5,
+        0,
+    )
+    assert config.reinit_of(shared, "shared_experts") == 0.25
+    assert MergeConfig.from_plain(config.to_plain()) == config

@@ -148,7 +148,10 @@ def plain(value: Any) -> object:
     if isinstance(value, Owner):
         return str(value)
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
-    for key in ("whole", "magnitude", "heads", "content", "combined", "factor"):
+    for key in (
+        *("whole", "magnitude", "heads", "content", "combined", "factor"),
+        *("router_layers", "columns", "reinit", "repeat"),
+    ):
         if fields.get(key, ...) is None:
             del fields[key]
     names = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantize": "quantise"}
