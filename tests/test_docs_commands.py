@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ def refused(words: list[str]) -> str | None:
     return f"{words[0]} has no {', '.join(unknown)}" if unknown else None
 
 
+@functools.cache
 def _group() -> Any:
     return typer.main.get_command(app)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.package_source import trees
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOT_PAGES = ("AGENTS.md", "CONTRIBUTING.md", "README.md")
 PAGES = [*sorted((REPOSITORY / "docs").rglob("*.md")), *(REPOSITORY / name for name in ROOT_PAGES)]
@@ -36,10 +38,9 @@ PLACEHOLDERS = ("./", "OUT/", "out/", "org/")
 def defined_names() -> dict[str, set[str]]:
     """By the name of a module of the package: what modules of that name define, methods as `Class.method`."""
     found: dict[str, set[str]] = defaultdict(set)
-    for path in (REPOSITORY / "raymoe").rglob("*.py"):
-        names = found[path.stem]
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            names |= set(_defined(node))
+    for path, tree in trees().items():
+        for node in tree.body:
+            found[Path(path).stem] |= set(_defined(node))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import raymoe
+from tests.package_source import all_nodes
 
 Graph = Mapping[str, set[str]]
 
@@ -27,7 +29,7 @@ def modules_of(root: Path) -> dict[str, Path]:
 
 def imports_of(tree: ast.AST, package: str, modules: Mapping[str, Path]) -> Iterator[str]:
     """The modules that a module imports anywhere in its text. `package` is what its relative imports start from."""
-    for node in ast.walk(tree):
+    for node in all_nodes(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name in modules:
@@ -96,15 +98,20 @@ def in_words(found: list[list[str]], graph: Graph) -> str:
     )
 
 
+@functools.cache
+def _graph() -> Graph:
+    return import_graph(ROOT)
+
+
 def test_modules_import_in_no_circle() -> None:
-    graph = import_graph(ROOT)
+    graph = _graph()
     assert len(graph) > 100
     found = circles(graph)
     assert not found, in_words(found, graph)
 
 
 def test_packages_import_in_no_circle() -> None:
-    graph = import_graph(ROOT)
+    graph = _graph()
     packages = [name for name, path in modules_of(ROOT).items() if path.name == "__init__.py"]
     for package in packages:
         children = among_children(graph, package)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from raymoe.errors import ProblemReport, RaymoeError
+from tests.package_source import all_nodes, trees
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs/troubleshooting.md"
@@ -37,19 +38,9 @@ def template(node: ast.expr) -> str:
     return VALUE
 
 
-@cache
-def trees() -> dict[str, ast.Module]:
-    """The package's modules by their names."""
-    found = {}
-    for path in sorted((REPOSITORY / "raymoe").rglob("*.py")):
-        name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
-
-
 def docstrings(tree: ast.Module) -> set[int]:
     """The nodes of a module that are expressions of their own: docstrings, of attributes too."""
-    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return {id(node.value) for node in all_nodes(tree) if isinstance(node, ast.Expr)}
 
 
 @cache
@@ -58,7 +49,7 @@ def messages() -> tuple[str, ...]:
     found = set()
     for tree in trees().values():
         skipped = docstrings(tree)
-        for node in ast.walk(tree):
+        for node in all_nodes(tree):
             if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)) and id(node) not in skipped:
                 found.add(" ".join(template(node).split()))
     return tuple(text for text in found if " " in text)
@@ -92,21 +83,21 @@ def called(node: ast.Call) -> str:
 
 def calls() -> Iterator[tuple[str, ast.Call]]:
     """All calls of the package, each with its file and line."""
-    for module, tree in trees().items():
-        for node in ast.walk(tree):
+    for path, tree in trees().items():
+        for node in all_nodes(tree):
             if isinstance(node, ast.Call):
-                yield f"{module}:{node.lineno}", node
+                yield f"raymoe/{path}:{node.lineno}", node
 
 
 @cache
 def exceptions() -> dict[str, type[RaymoeError]]:
     """Every exception whose message is written for the user, by its name."""
-    for module, tree in trees().items():
+    for path, tree in trees().items():
         names = {
-            base for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in map(ast.unparse, node.bases)
+            base for node in all_nodes(tree) if isinstance(node, ast.ClassDef) for base in map(ast.unparse, node.bases)
         }
         if any(name.endswith(("Error", "Report", "Failed")) for name in names):
-            importlib.import_module(module)
+            importlib.import_module(f"raymoe.{path.removesuffix('.py').replace('/', '.')}")
     found: dict[str, type[RaymoeError]] = {}
     waiting = [RaymoeError]
     while waiting:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from raymoe.architectures.moe_architecture import ConstantRow
 from raymoe.architectures.unsupported_families import UNSUPPORTED
 from raymoe.export.gguf.choose_target import Target
 from raymoe.export.gguf.llama_cpp_archs import ARCHITECTURES, LlamaCppArchitecture
+from tests.package_source import all_nodes, trees
 from tests.pico import REPOSITORY
 
 NAMES = frozenset(
@@ -56,7 +57,7 @@ ALLOWED_COMPARISONS = {"raymoe/sources/resolve.py": {"mistral"}}
 
 
 def _texts(*nodes: ast.AST) -> set[str]:
-    found = (each.value for node in nodes for each in ast.walk(node) if isinstance(each, ast.Constant))
+    found = (each.value for node in nodes for each in _walk(node) if isinstance(each, ast.Constant))
     return {value for value in found if isinstance(value, str)}
 
 
@@ -68,7 +69,7 @@ def _is_named(text: str) -> bool:
 def _compared(tree: ast.AST) -> set[str]:
     """Texts that something is compared with: by an operator, a method of text, or a case."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in all_nodes(tree):
         if isinstance(node, ast.Compare):
             found |= _texts(node.left, *node.comparators)
         elif isinstance(node, ast.MatchValue):
@@ -78,10 +79,12 @@ def _compared(tree: ast.AST) -> set[str]:
     return found
 
 
-@functools.cache
+def _walk(node: ast.AST) -> Iterable[ast.AST]:
+    return all_nodes(node) if isinstance(node, ast.Module) else ast.walk(node)
+
+
 def _modules() -> list[tuple[str, ast.AST]]:
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return [(path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text())) for path in paths]
+    return [(f"raymoe/{path}", tree) for path, tree in trees().items()]
 
 
 def test_nothing_is_compared_with_the_name_of_a_model() -> None:

@@ -24,6 +24,7 @@ from raymoe.routers.router_matrices import RouterRows
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from raymoe.tensor_names import EMBEDDING
+from tests.package_source import all_nodes, trees
 from tests.pico import HIDDEN, LAYERS, REPOSITORY, merge_config, tensors_of
 
 Zoo = Callable[..., Path]
@@ -166,7 +167,7 @@ def test_the_modes_are_told_in_this_order() -> None:
 def test_no_other_package_knows_a_modes_name() -> None:
     """A mode is asked. `hidden` is the default, a dimension and a row of evaluations as well."""
     names = {*MODES, *ALIASES} - {DEFAULT_MODE}
-    for path in sorted((REPOSITORY / "raymoe").rglob("*.py")):
-        if "gate_modes" not in path.parts:
-            found = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    for path, tree in trees().items():
+        if "gate_modes" not in Path(path).parts:
+            found = {node.value for node in all_nodes(tree) if isinstance(node, ast.Constant)}
             assert not names & {value for value in found if isinstance(value, str)}, path

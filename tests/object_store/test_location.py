@@ -13,6 +13,7 @@ import pytest
 import raymoe
 from raymoe.object_store.location import Location, LocationKind, is_relative
 from raymoe.sources.facts import SourceFile
+from tests.package_source import all_nodes, trees
 
 LOCAL, S3, OTHER, HUB = LocationKind.LOCAL, LocationKind.S3, LocationKind.OTHER_STORE, LocationKind.HUB
 IN_HUB = f"hf://org/name@{'0' * 40}/model.safetensors"
@@ -115,7 +116,7 @@ _TESTS_OF_TEXT = ("is_url", "is_s3")
 
 def text_tests(tree: ast.AST) -> Iterator[int]:
     """The lines where text is compared with, or searched for, the beginning of a URL."""
-    for node in ast.walk(tree):
+    for node in all_nodes(tree):
         sides: list[ast.expr] = []
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
@@ -133,17 +134,15 @@ def _texts(node: ast.expr) -> list[str]:
 
 def calls_of_tests(tree: ast.AST) -> Iterator[int]:
     """The lines that import a test of text."""
-    for node in ast.walk(tree):
+    for node in all_nodes(tree):
         if isinstance(node, ast.ImportFrom) and any(alias.name in _TESTS_OF_TEXT for alias in node.names):
             yield node.lineno
 
 
 def test_no_other_module_tests_the_text_of_places() -> None:
-    root = Path(raymoe.__file__).parent
-    trees = {str(path.relative_to(root)): ast.parse(path.read_text()) for path in root.rglob("*.py")}
-    testing = {name for name, tree in trees.items() if any(text_tests(tree))}
-    importing = {name for name, tree in trees.items() if any(calls_of_tests(tree))}
-    assert len(trees) > 100
+    testing = {name for name, tree in trees().items() if any(text_tests(tree))}
+    importing = {name for name, tree in trees().items() if any(calls_of_tests(tree))}
+    assert len(trees()) > 100
     assert testing - PARSERS == OTHER_URLS
     assert importing - PARSERS == CALLERS
 

@@ -12,6 +12,7 @@ import pytest
 
 import raymoe
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, ROUTER, Owner
+from tests.package_source import all_nodes, trees
 from tests.pico import merge_config
 
 OWNERS = {
@@ -65,7 +66,7 @@ def test_a_model_has_one_owner_object(zoo: Callable[..., Path]) -> None:
 
 def text_comparisons(tree: ast.AST) -> Iterator[int]:
     """The lines where an `owner` is compared with text, or where a text's beginning tells experts from others."""
-    for node in ast.walk(tree):
+    for node in all_nodes(tree):
         if isinstance(node, ast.Compare):
             sides = (node.left, *node.comparators)
             if any(map(_is_owner, sides)) and any(map(_has_text, sides)):
@@ -90,9 +91,8 @@ def _has_text(node: ast.AST) -> bool:
 
 
 def test_no_other_module_compares_text_of_owners() -> None:
-    root = Path(raymoe.__file__).parent
-    modules = [path for path in root.rglob("*.py") if path != root / "planning/owner.py"]
-    found = [f"{path}:{line}" for path in modules for line in text_comparisons(ast.parse(path.read_text()))]
+    modules = [path for path in trees() if path != "planning/owner.py"]
+    found = [f"{path}:{line}" for path in modules for line in text_comparisons(trees()[path])]
     assert len(modules) > 100 and found == []
 
 
