@@ -47,7 +47,7 @@ MLX := $(VENV)/engine-mlx
 help:
 	@echo "make demo     merge the example experts on Ray, show where prompts are routed, and generate"
 	@echo "make docs     the documentation as a site, in site/, with all links checked"
-	@echo "make check    lint, types and all tests that need this process alone: some two minutes"
+	@echo "make check    lint, types and the tests that need this process alone: about a minute"
 	@echo "make test     lint, types and all tests that prove a promise: what CI runs"
 	@echo "make soak     what is long by nature: more kills and faults, the notebook as it is"
 	@echo "make engines  small merges in vLLM, mlx-lm and llama.cpp: writes raymoe/engines/rows.csv and docs/engines.md"
@@ -117,8 +117,12 @@ lint: $(READY)
 	$(BIN)/python scripts/check_language.py
 	$(BIN)/python scripts/list_model_types.py
 
-check: lint
-	$(BIN)/python -m pytest $(PARALLEL) -m unit
+# The static checks run beside the tests, which wait for disks; what they say comes last. pytest keeps no log records:
+# its handlers look through the 2,000 loggers of torch, Ray and transformers six times per test.
+check: $(READY)
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.txt 2>&1 & lint=$$!; \
+		$(BIN)/python -m pytest $(PARALLEL) -p no:logging -m unit; tests=$$?; \
+		wait $$lint; linted=$$?; cat $(VENV)/lint.txt; exit $$((tests || linted))
 
 test: lint $(BASE)/config.json $(HARNESS)/.ready $(OLDER)/.ready $(NEWER)/.ready
 	$(BIN)/python -m pytest $(PARALLEL) -m "not soak" --durations=25

@@ -25,6 +25,7 @@ TIERS = {
         "commands as a shell runs them: exit statuses, signals, closed pipes, imports that must not be",
     ),
     "engines": ("test", "merged models compute in transformers and llama.cpp what their sources compute"),
+    "slow": ("test", "the same as unit tests with more cases and larger inputs: half a second or more each"),
     "soak": ("soak", "the same with more kills, faults, servers and models, and the notebook as it is"),
 }
 SUITES = {"make check": "unit", "make test": "not soak", "make soak": "soak"}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.kept_models import make_model
 from tests.object_store.servers import STARTERS, environment
 from tests.tiers import MARKS, has_unit_tests, mark_tiers, nothing_outside, servers_of
 
@@ -173,17 +174,16 @@ def merge_in_process(without_ray: None) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """zoo(family, seed=0, dtype="float32", **config) is the folder of that pico model, made once. Read-only."""
-    from tests.pico import save_model
-
-    root = tmp_path_factory.mktemp("zoo")
+    root, cache = tmp_path_factory.mktemp("zoo"), getattr(request.config, "cache", None)
+    kept = cache.mkdir("zoo") if cache is not None else None
     made: dict[str, Path] = {}
 
     def model(family: str, **options: Any) -> Path:
         key = f"{family} {sorted(options.items(), key=lambda item: item[0])}"
         if key not in made:
-            made[key] = save_model(root / f"{family}-{len(made)}", family, **options)
+            made[key] = make_model(root / f"{family}-{len(made)}", kept, family, options)
         return made[key]
 
     return model

@@ -5,6 +5,7 @@
     s3          servers of objects or of models, also threads   make test
     processes   commands and servers of their own               make test
     engines     models are run, in transformers or llama.cpp    make test
+    slow        this process alone, half a second or more       make test
     soak        long by nature; each has a short version        make soak
 
 Tests with a fixture that starts something have its mark from here; what else starts something has its mark in its file,
@@ -16,6 +17,7 @@ of `make soak`. With the mark `soak_on("moto")`, its cases with that in their na
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Generator, Mapping
@@ -31,6 +33,7 @@ MARKS: Mapping[str, str] = {
     "s3": "needs a server of objects or of models, in this process or another",
     "processes": "starts other processes, or a server that speaks neither S3 nor the Hub's protocol",
     "engines": "runs whole models in an inference engine (transformers, llama.cpp) to compare what they compute",
+    "slow": "takes half a second or more: part of `make test`; a short version of it is a unit test",
     "soak": "takes minutes by nature: part of `make soak` only",
 }
 _BY_FIXTURE: Mapping[str, str] = {"local_ray": "ray", "server": "s3", "hub": "s3"}
@@ -53,6 +56,8 @@ def mark_tiers(items: list[pytest.Item]) -> None:
             item.add_marker(_BY_FIXTURE[name])
         if not any(item.get_closest_marker(name) for name in MARKS):
             item.add_marker("unit")
+    for path in {item.path for item in items if item.get_closest_marker("unit") is not None}:
+        assert has_unit_tests(path), f"{path} has unit tests, which `make check` would not collect"
     tiers = (*MARKS, "unit")
     ranks: dict[str, int] = {}
     for item in items:
@@ -83,10 +88,18 @@ def nothing_outside(item: pytest.Item) -> Generator[None, Any, Any]:
         sys.addaudithook(_refuse)  # which can't be taken back: it looks at what runs
         _is_watched = True
     _running.append(item.nodeid)
+    fsync, os.fsync = os.fsync, _fsync
     try:
         return (yield)
     finally:
+        os.fsync = fsync
         _running.clear()
+
+
+def _fsync(descriptor: int) -> None:
+    """os.fsync without the wait for a disk, 2 ms for each of 6,000 calls. No unit test can see whether a disk has what
+    the kernel has; a test that a file is synced looks at the call. Tests of the other tiers sync."""
+    os.fstat(descriptor)  # which raises for a file that is closed, as fsync does
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:

@@ -126,8 +126,13 @@ def test_the_merge_computes_with_the_merged_backbone(zoo: Callable[..., Path], t
 @pytest.mark.parametrize(
     ("family", "mode", "method"),
     [
-        *(("llama", mode, "linear") for mode in ("hidden", "ridge", "cheap_embed")),  # what each reads of the backbone
-        *(("phi3", "ridge", method) for method in METHODS),  # of fused tensors, and of statistics of whole ones
+        # What each reads of the backbone.
+        ("llama", "hidden", "linear"),
+        pytest.param("llama", "ridge", "linear", marks=pytest.mark.slow),
+        ("llama", "cheap_embed", "linear"),
+        # Of fused tensors, and of statistics of whole ones.
+        ("phi3", "ridge", METHODS[0]),
+        *(pytest.param("phi3", "ridge", method, marks=pytest.mark.slow) for method in METHODS[1:]),
     ],
     ids=str,
 )

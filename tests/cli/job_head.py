@@ -37,7 +37,7 @@ class JobHead:
     env: dict[str, str]
 
     def metrics(self) -> str:
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as answer:
+        with urllib.request.urlopen(self.metrics_url, timeout=60) as answer:
             return str(answer.read().decode())
 
 

@@ -100,4 +100,4 @@ def canned(*answers: Answer) -> Iterator[Canned]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(60)

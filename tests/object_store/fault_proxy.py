@@ -655,7 +655,7 @@ class FaultProxy:
         ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), name="fault-proxy", daemon=True)
         self._thread.start()
-        assert ready.wait(10), "the proxy's thread did not start"
+        assert ready.wait(60), "the proxy's thread did not start"
         return self
 
     def stop(self) -> None:
@@ -665,9 +665,9 @@ class FaultProxy:
         assert self._loop is not None and self._stopping is not None
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join(10)
+        self._thread.join(60)
         if self._thread.is_alive():
-            raise RuntimeError("the proxy's thread did not end within 10 s")
+            raise RuntimeError("the proxy's thread did not end within 60 s")
 
     def __enter__(self) -> FaultProxy:
         return self.start()

@@ -240,7 +240,7 @@ def _wait_until_up(url: str, process: subprocess.Popen[bytes], folder: Path) -> 
         if process.poll() is not None:
             break
         try:
-            with opener.open(url, timeout=5):
+            with opener.open(url, timeout=30):
                 return
         except urllib.error.HTTPError:
             return  # it answers

@@ -81,7 +81,9 @@ def planning(experts: int, layers: int = 2, mode: str = "ridge") -> MergePlan:
     return build_plan(config, facts, MergeOptions())
 
 
-@pytest.mark.parametrize("mode", ["ridge", "hidden", "cheap_embed", "random"])
+@pytest.mark.parametrize(
+    "mode", ["ridge", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("hidden", "cheap_embed", "random"))]
+)
 def test_planning_is_linear_in_experts(mode: str) -> None:
     def work(experts: int) -> Callable[[], Any]:
         config, facts = inputs(experts, 2, mode)
@@ -100,12 +102,12 @@ def test_planning_is_linear_in_tensors() -> None:
     assert_linear(work, 100)
 
 
-@pytest.mark.parametrize("experts", [64, pytest.param(1024, marks=pytest.mark.soak)])
-def test_what_tensors_have_in_common_is_shared(experts: int) -> None:
+@pytest.mark.parametrize(("experts", "layers"), [(64, 4), pytest.param(1024, LAYERS, marks=pytest.mark.soak)])
+def test_what_tensors_have_in_common_is_shared(experts: int, layers: int) -> None:
     """A thousand experts have 200,000 tensors in one plan."""
-    plan = planning(experts, LAYERS)
+    plan = planning(experts, layers)
     parts = [part for shard in plan.shards for part in shard.parts]
-    assert len(parts) > 198 * experts
+    assert len(parts) > 3 * layers * experts
     copies = [part for part in parts if isinstance(part.what, Copy)]
     assert len({id(part.what.source.file) for part in copies if isinstance(part.what, Copy)}) == experts + 1
     assert all(part.shape is part.what.source.shape for part in copies if isinstance(part.what, Copy))
@@ -113,9 +115,10 @@ def test_what_tensors_have_in_common_is_shared(experts: int) -> None:
     assert len({id(member.weights[backbone]) for member in plan.gates.members}) == 1, "the base's, for all experts"
 
 
-def test_memory_per_tensor() -> None:
+@pytest.mark.parametrize(("experts", "layers"), [(16, 20), pytest.param(32, LAYERS, marks=pytest.mark.slow)])
+def test_memory_per_tensor(experts: int, layers: int) -> None:
     """Bytes that a plan keeps per tensor, and that planning needs meanwhile, beside the facts that it is made of."""
-    config, facts = inputs(32, LAYERS)
+    config, facts = inputs(experts, layers)
     gc.collect()
     tracemalloc.start()
     try:

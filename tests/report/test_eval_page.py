@@ -25,7 +25,7 @@ def words(page: Page) -> str:
     return " ".join(page.text)
 
 
-@pytest.mark.parametrize(("experts", "layers"), [(2, 8), (4, 30), (16, 80)])
+@pytest.mark.parametrize(("experts", "layers"), [(2, 8), (4, 30), pytest.param(16, 80, marks=pytest.mark.slow)])
 def test_every_label_expert_and_layer_is_there(experts: int, layers: int) -> None:
     result = synthetic_evaluation(experts, layers)
     page = page_of(result)

@@ -18,7 +18,7 @@ def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("experts", [2, 4, 16])
+@pytest.mark.parametrize("experts", [2, 4, pytest.param(16, marks=pytest.mark.slow)])
 def test_fits_and_names_everything(experts: int, capsys: pytest.CaptureFixture[str]) -> None:
     result = synthetic_evaluation(experts, 12)
     text = printed(result, capsys)

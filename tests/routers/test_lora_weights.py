@@ -97,7 +97,14 @@ def test_several_actors_share_the_adapters(sources: tuple[Path, list[str]]) -> N
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "rank_pattern": {"up_proj": 3}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"use_dora": True}, marks=pytest.mark.slow),
+        pytest.param({"use_rslora": True, "rank_pattern": {"up_proj": 3}}, marks=pytest.mark.slow),
+    ],
+)
 def test_states_are_those_of_the_model_that_peft_merges(
     options: dict[str, Any], zoo: Callable[..., Path], tmp_path: Path
 ) -> None:

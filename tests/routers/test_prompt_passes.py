@@ -74,7 +74,7 @@ def test_parts_do_not_depend_on_the_number_of_actors(zoo: Callable[..., Path], m
 
 
 @pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "ridge"])
-@pytest.mark.parametrize("parts", [2, 12])
+@pytest.mark.parametrize("parts", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_rows_are_those_of_one_pass(
     zoo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, mode: str, parts: int
 ) -> None:

@@ -99,7 +99,7 @@ class HubServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._http.shutdown()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=60)
         self._http.server_close()
         for connection in list(self._connections):  # kept alive by clients: a closed server must not answer on them
             with contextlib.suppress(OSError):

@@ -167,7 +167,10 @@ def test_places(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert named.location.kind.is_local and named.absolute_name.startswith("file://") == file.startswith("file://")
 
 
-@pytest.mark.parametrize("name", ["big.txt", "big.txt.gz", "big.jsonl", "big.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    ["big.txt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("big.txt.gz", "big.jsonl", "big.parquet"))],
+)
 def test_memory_is_bounded(name: str, here: Path) -> None:
     """32 MB of prompts, of which 0.3 MB are drawn; in Parquet they are one row group."""
     texts = [f"{number} " + "x" * 2000 for number in range(16_000)]
@@ -404,7 +407,7 @@ def served(folder: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
-            thread.join(10)
+            thread.join(60)
 
 
 @pytest.mark.processes

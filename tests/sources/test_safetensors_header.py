@@ -150,7 +150,8 @@ def test_zero_size_tensors_are_fine() -> None:
     assert [(entry.name, entry.nbytes) for entry in entries] == [("a", 0), ("b", 8), ("c", 0)]
 
 
-def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seed", "times"), [(0, 600), pytest.param(1, 3400, marks=pytest.mark.slow)])
+def test_damaged_headers_never_raise_anything_else(tmp_path: Path, seed: int, times: int) -> None:
     """Whatever is flipped or cut: an error of ours, or what the safetensors library reads as well."""
     data = save(
         {
@@ -160,9 +161,9 @@ def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
         }
     )
     header_end = 8 + int.from_bytes(data[:8], "little")
-    rng = random.Random(0)
+    rng = random.Random(seed)
     parsed = 0
-    for _ in range(4000):
+    for _ in range(times):
         broken = bytearray(data)
         for _ in range(rng.randint(1, 3)):
             broken[rng.randrange(header_end)] ^= 1 << rng.randrange(8)
@@ -177,7 +178,7 @@ def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
         assert {entry.name: list(entry.shape) for entry in entries} == {n: t["shape"] for n, t in theirs.items()}
         for entry in entries:
             assert bytes(broken[entry.start : entry.end]) == bytes(theirs[entry.name]["data"])
-    assert 0 < parsed < 4000  # renamed tensors parse, most damage does not
+    assert 0 < parsed < times  # renamed tensors parse, most damage does not
 
 
 def test_dtype_names() -> None:

@@ -54,7 +54,7 @@ def room_taken(spool: ReadCache) -> int:
     return sum(os.fstat(file.fileno()).st_blocks * 512 for file in files)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 20))])
 def test_two_sides_that_cut_the_object_differently(tmp_path: Path, seed: int) -> None:
     """Both read all of it, in pieces of their own, at the same time: each expected byte is fetched once."""
     numbers, spool, store = random.Random(seed), ReadCache(tmp_path), Store()

@@ -273,7 +273,7 @@ def test_a_download_moves_while_its_file_grows(tmp_path: Path, monkeypatch: pyte
         for _ in range(3):
             with part.open("ab") as stream:
                 stream.write(bytes(10_000))
-            assert moved.acquire(timeout=10)
+            assert moved.acquire(timeout=60)
         part.rename(blobs / "0a1b")
         time.sleep(0.05)
         assert not moved.acquire(blocking=False), "nothing has grown"

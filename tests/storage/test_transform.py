@@ -167,7 +167,7 @@ def test_load_array(reader: SourceReader, tmp_path: Path) -> None:
     assert np.array_equal(found, values)
 
 
-@pytest.mark.parametrize("how", [{}, {"noise_scale": 0.5}])
+@pytest.mark.parametrize("how", [{}, pytest.param({"noise_scale": 0.5}, marks=pytest.mark.slow)])
 def test_any_range_is_a_piece_of_the_whole(reader: SourceReader, tmp_path: Path, how: dict[str, float]) -> None:
     """Of a tensor of six blocks of noise, or many of a cast; threads work ahead, and bytes still come in order."""
     rows = 5 * BLOCK_ELEMENTS // 65536 + 1

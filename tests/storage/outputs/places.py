@@ -68,6 +68,12 @@ class Place:
         filesystem, path = self.open()
         filesystem.rm_file(f"{path}/{name}")
 
+    def clear(self) -> None:
+        """Remove everything. A store in memory looks through all that it has for each listing."""
+        filesystem, path = self.open()
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
+
     def etag(self, name: str) -> str:
         """The ETag of an object on S3."""
         bucket, key = f"{self.location}/{name}".removeprefix("s3://").split("/", 1)
