@@ -28,6 +28,8 @@ from raymoe.sources.folder_protocol import unusable_checkpoint
 from raymoe.tensor_names import HEAD, LAYER, layer_of
 
 _SAVE_AGAIN = "download the mixture again, or save it again with save_pretrained"
+# The end of names of tensors that only affect which experts are chosen.
+_OF_CHOICE = "e_score_correction_bias"
 # Keys of a mixture's config.json that name its class.
 _OF_CLASS = ("architectures", "auto_map", "_name_or_path", "quantization_config")
 
@@ -147,6 +149,9 @@ class _Mixture:
             experts=self._experts,
             expert=expert,
             families=self._architecture.accepts,
+            has_shared=self._has_shared,
+            adds_shared=self._adds_shared(spec),
+            fixed=tuple(self._fixed(spec)),
             output_factor=_number(self._config.get("routed_scaling_factor")),
             has_permuted_heads=spec.family.rope_is_interleaved and not self._architecture.rope_is_interleaved,
         )
@@ -164,7 +169,7 @@ class _Mixture:
         """The names of the FFN's tensors."""
         if expert == SHARED_EXPERT:
             names = self._architecture.shared
-            if not names or names["ffn.down"].format(layer=self._last_layer) not in self._index.tensors:
+            if not self._has_shared:
                 what = f"it has no shared expert: it is a {self._title}"
                 raise unusable_checkpoint(self._label, what, f"name one of its experts, 0 to {self._experts - 1}")
             return names
@@ -175,6 +180,28 @@ class _Mixture:
             what = f"it is a {self._title} that stores experts transposed, and raymoe does not read them from there"
             raise unusable_checkpoint(self._label, what, "use the text model saved by itself (qwen3_moe)")
         return self._architecture.expert
+
+    @property
+    def _has_shared(self) -> bool:
+        names = self._architecture.shared
+        return bool(names) and names["ffn.down"].format(layer=self._last_layer) in self._index.tensors
+
+    def _adds_shared(self, spec: DenseSpec) -> bool:
+        architecture, key = self._architecture, "shared_expert_combination_strategy"
+        written = architecture.config(spec, MoeShape(experts=self._experts, experts_per_token=1))
+        return not architecture.shared_router and self._config.get(key) == written.get(key)
+
+    def _fixed(self, spec: DenseSpec) -> Iterator[tuple[TensorEntry, float]]:
+        """Tensors that merges have with one value, unless they only affect which experts are chosen."""
+        architecture = self._architecture
+        others = {*architecture.backbone.values(), *architecture.shared.values(), architecture.shared_router}
+        router = architecture.router.rpartition(".")[0] + "."
+        for row in architecture.constants(spec, MoeShape(experts=self._experts, experts_per_token=1)):
+            if row.name in others or row.name.startswith(router) or row.name.endswith(_OF_CHOICE):
+                continue
+            for layer in range(spec.layers):
+                if (entry := self._index.tensors.get(row.name.format(layer=layer))) is not None:
+                    yield entry, row.value
 
     @cached_property
     def _last_layer(self) -> int:
