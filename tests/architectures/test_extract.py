@@ -151,6 +151,32 @@ def _with_tensors(mixture: Path, folder: Path, tensors: Mapping[str, torch.Tenso
     return folder
 
 
+def test_an_extraction_that_was_interrupted_goes_on(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raymoe.runtime import coordinator
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    whole = extract(mixtral, 1, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator, "_write_small_files", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract(mixtral, 1, tmp_path / "expert")
+    assert not (tmp_path / "expert" / "model.safetensors.index.json").exists()
+    result = extract(mixtral, 1, tmp_path / "expert")
+    assert result.bytes_kept == sum(file.size for file in result.files if file.name.endswith(".safetensors"))
+    assert result.files == whole.files
+
+
+def test_an_expert_can_be_evaluated_as_it_is(mixtral: Path) -> None:
+    from raymoe.evaluation.models import is_merge
+    from raymoe.object_store.options import StorageOptions
+
+    assert is_merge(mixtral, StorageOptions()) and not is_merge(f"{mixtral}#1", StorageOptions())
+
+
 # --- shared experts
 
 

@@ -184,7 +184,9 @@ def test_attention_that_no_dense_model_has_is_refused(tmp_path: Path) -> None:
     """GLM-4.5: norms of q and k, and RoPE for a part of each head."""
     options = {**MIXTURES["glm4_moe"][1], "use_qk_norm": True}
     folder = save_mixture(tmp_path / "mixture", "glm4_moe", "as published", **options)
-    with pytest.raises(CheckpointError, match="partial_rotary_factor is 0.5: no dense model has the attention of this"):
+    with pytest.raises(
+        CheckpointError, match=r"partial_rotary_factor is 0\.5: no dense model has the attention of this"
+    ):
         facts_of(f"{folder}#0")
 
 
