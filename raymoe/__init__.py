@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from raymoe.api import (
         archs,
         evaluate,
+        extract,
         generate,
         gguf,
         inspect,
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "archs",
     "evaluate",
+    "extract",
     "generate",
     "gguf",
     "inspect",
@@ -81,6 +83,7 @@ _HOMES = {
     "raymoe.api": (
         "archs",
         "evaluate",
+        "extract",
         "generate",
         "gguf",
         "inspect",

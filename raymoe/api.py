@@ -22,7 +22,7 @@ from raymoe.arguments import (
     runtime_settings,
 )
 from raymoe.config import MergeConfig, load_config
-from raymoe.errors import ProblemReport
+from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.owner import BASE, CONFIG_KEYS, Owner
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = [
     "archs",
     "evaluate",
+    "extract",
     "generate",
     "gguf",
     "inspect",
@@ -344,6 +345,102 @@ def verify(
         quiet=quiet,
     )
     return verify_merge(merged, chosen)
+
+
+def extract(
+    mixture: str | Path,
+    expert: int | str,
+    out: str | Path,
+    options: MergeOptions | None = None,
+    *,
+    without_shared: bool = False,
+    copy_tokenizer: bool = True,
+    out_shard_size: str | int = "5B",
+    strict: bool = False,
+    write_model_card: bool = True,
+    transformers_cache: str | None = None,
+    overwrite: bool = False,
+    address: str | None = None,
+    actors: int | None = None,
+    stall_timeout: float = 20,
+    keep_uploads: bool = False,
+    verbose: int = 0,
+    quiet: bool = True,
+    settings: RuntimeSettings | None = None,
+    storage: StorageOptions | None = None,
+    report: RunReport | None = None,
+) -> MergeResult:
+    """Write one expert of a mixture as a dense model: what the mixture computes if every token goes to this expert.
+
+    The bytes of the expert's FFNs, and of the mixture's attention, norms and embeddings, are copied. An extraction that
+    was interrupted resumes with the same call.
+
+    Args:
+        mixture: The mixture, as a config names models: a folder, a Hub id, a URL; "+adapter" for the dense model.
+        expert: The number of the expert, from 0 on; or "shared" for the shared expert.
+        out: Folder or URL for the dense model.
+        options: The next arguments from `copy_tokenizer` to `write_model_card`, as one value.
+        without_shared: Leave out a shared expert, which otherwise is added to the expert.
+        copy_tokenizer: Copy the mixture's tokenizer to the output.
+        out_shard_size: Largest shard: bytes, or a text such as "5B", "500M", "2GiB".
+        strict: Refuse NaN and infinity in weights; this reads every number.
+        write_model_card: Write a README.md.
+        transformers_cache: Folder for models downloaded from the Hub.
+        overwrite: Replace the model that is in `out`.
+        address: Ray cluster. By default RAY_ADDRESS, else one is started here.
+        actors: Most actors at once.
+        stall_timeout: Minutes without any progress after which a job is given to another actor.
+        keep_uploads: If the extraction stops, keep the uploaded parts of unfinished shards in S3.
+        verbose: 1 prints more, 2 also prints Ray's own logs; both show progress.
+        quiet: Show no progress.
+        settings: The arguments from `transformers_cache` to `quiet` as one value.
+        storage: How object stores are reached. By default as set in the environment.
+        report: Collects phases, bytes and retries of the run.
+
+    Returns:
+        The files, warnings, bytes and time.
+
+    Raises:
+        ProblemReport: Before anything is written, with everything that is wrong.
+        MergeFailed: If writing had begun.
+
+    Example:
+        >>> raymoe.extract("org/mixture", 2, "expert-2").files
+    """
+    from raymoe.config.model_refs import parse_expert, parse_model_ref, with_expert
+    from raymoe.runtime.run_report import RunReport
+    from raymoe.workflows import extract_expert
+
+    try:
+        ref = with_expert(parse_model_ref(str(mixture)), parse_expert(expert))
+    except ValueError as error:
+        raise ProblemReport([Problem(where="mixture", what=str(error))]) from None
+    chosen = merge_options(
+        options,
+        copy_tokenizer=copy_tokenizer,
+        allow_crimes=False,
+        out_shard_size=out_shard_size,
+        random_seed=0,
+        load_in_8bit=False,
+        load_in_4bit=False,
+        strict=strict,
+        write_model_card=write_model_card,
+    )
+    settings = runtime_settings(
+        settings,
+        trust_remote_code=False,
+        transformers_cache=transformers_cache,
+        overwrite=overwrite,
+        address=address,
+        actors=actors,
+        device=None,
+        stall_timeout=stall_timeout,
+        keep_uploads=keep_uploads,
+        verbose=verbose,
+        quiet=quiet,
+    )
+    settings = settings if storage is None else replace(settings, storage=storage)
+    return extract_expert(ref, out, chosen, settings, report or RunReport(), without_shared=without_shared)
 
 
 def inspect(checkpoint: str | Path, *, storage: StorageOptions | None = None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_a_function_takes_the_options_of_its_command(command: str) -> None:
     assert [names for names in missing if not names & OF_OTHER_FUNCTIONS.get(command, set())] == []
 
 
-@pytest.mark.parametrize("command", ["merge", "plan", "verify", "gguf", "push", "try"])
+@pytest.mark.parametrize("command", ["merge", "plan", "verify", "gguf", "push", "try", "extract"])
 def test_arguments_have_the_defaults_of_the_options(command: str) -> None:
     """But for `quiet`: a function says nothing unless it is asked to."""
     parameters = inspect.signature(getattr(raymoe, FUNCTIONS.get(command, command))).parameters

@@ -96,7 +96,14 @@ def dense_model(facts: ModelFacts, where: str) -> CheckpointModel:
         problems += adapter_problems(facts, spec, where, ffn_only=False)
     if problems or spec is None:
         raise ProblemReport(problems)
-    return CheckpointModel(label=facts.label, spec=spec, config=facts.config, weights=weight_refs(facts, spec))
+    is_permuted = facts.mixture is not None and facts.mixture.has_permuted_heads
+    return CheckpointModel(
+        label=facts.label,
+        spec=spec,
+        config=facts.config,
+        weights=weight_refs(facts, spec),
+        head_permutation=HeadPermutation(head_dim=spec.head_dim, rotary_dim=spec.rotary_dim) if is_permuted else None,
+    )
 
 
 def mixture_model(facts: ModelFacts) -> CheckpointModel:

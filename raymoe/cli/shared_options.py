@@ -118,6 +118,19 @@ class PlanArgs:
         )
 
 
+def parse_shard_size(size: str) -> int:
+    """Bytes. Raises ProblemReport."""
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise ProblemReport([Problem(where="--out-shard-size", what=str(error))]) from None
+
+
+def parse_extracted_expert(expert: str) -> int | str:
+    """The number of an expert, or the word for the shared expert. Other words are refused with the mixture."""
+    return int(expert) if expert.isdecimal() else expert
+
+
 def parse_device(device: str | None, *, numbered: bool = False) -> str | None:
     """`cpu`, `cuda` or None (chosen automatically). Raises ProblemReport for an unknown device and, unless `numbered`,
     for any GPU but the first visible one."""

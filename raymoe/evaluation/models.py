@@ -45,7 +45,8 @@ def is_merge(place: str | Path, storage: StorageOptions) -> bool:
     Raises ProblemReport if there is an unfinished merge, or a URL can't be read.
     """
     try:
-        if parse_model_ref(str(place)).adapter is not None:
+        ref = parse_model_ref(str(place))
+        if ref.adapter is not None or ref.expert is not None:
             return False
     except ValueError:
         pass  # the URL of a merge may have characters that names of models can't have

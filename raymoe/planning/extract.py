@@ -113,11 +113,10 @@ def _shared_problems(facts: ModelFacts, spec: DenseSpec, shared: ModelFacts) -> 
     if of_shared is not None:
         problems += check_tensors(shared, of_shared, "mixture", ffn_only=True)
     mixture = facts.mixture
-    if mixture is not None and MOE_ARCHITECTURES[mixture.architecture].shared_router:
-        what = (
-            "its shared expert has a gate, which no dense model has: the output of the expert and the shared expert "
-            "can't be one FFN"
-        )
+    if mixture is not None and not mixture.adds_shared:
+        has_gate = bool(MOE_ARCHITECTURES[mixture.architecture].shared_router)
+        why = "has a gate" if has_gate else "is averaged with the others"
+        what = f"its shared expert {why}, which no dense model has: the expert and the shared expert can't be one FFN"
         remedy = "use --without-shared to leave the shared expert out, or extract the shared expert: #shared"
         problems.append(Problem(where=facts.label, what=what, remedy=remedy))
     return problems

@@ -70,7 +70,7 @@ def plan_merge(
             remote_folders.read if remote_folders else lambda file: fetch_file(file, hub, config.storage).read_bytes()
         )
         collector.problems += chat_template_problems(config, base, hub, remote_folders)
-        base = collector.run(_with_side_files, base, read) or base
+        base = collector.run(with_side_files, base, read) or base
         tokenizer = collector.run(tokenizer_facts, base.side_files, read) if config.reads_prompts else None
     if collector.problems or concrete is None:
         raise collector.report()
@@ -88,6 +88,6 @@ def plan_merge(
     return replace(planned, warnings=tuple(dict.fromkeys(warnings)))
 
 
-def _with_side_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
-    """The base with the code of its tokenizer, and with checksums of its small files."""
+def with_side_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
+    """A base with the code of its tokenizer, and with checksums of its small files."""
     return with_contents(with_tokenizer_code(base, read), read)

@@ -241,6 +241,13 @@ def next_steps(output: str, *, has_gguf: bool, is_pushed: bool) -> list[str]:
     ]
 
 
+def print_extraction(result: MergeResult) -> None:
+    """The last lines of an extraction."""
+    _print_work(result)
+    say("next:")
+    say_command(f"raymoe inspect {quote(result.output)}")
+
+
 def _print_work(result: MergeResult) -> None:
     size = sum(record.size for record in result.files)
     if result.was_complete:

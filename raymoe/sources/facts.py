@@ -163,6 +163,10 @@ class MixtureFacts:
         has_permuted_heads: Rows of q and k are in the order that the RoPE of the architecture has, and not in that of
             the dense family.
         output_factor: What the mixture multiplies the output of its experts by.
+        has_shared: Shared experts run for every token, beyond the others.
+        adds_shared: The output of shared experts is added to that of the others, without a gate.
+        fixed: Tensors beyond router and experts that the dense family lacks, and the value with which each of them has
+            no effect.
     """
 
     title: str
@@ -172,6 +176,9 @@ class MixtureFacts:
     families: tuple[str, ...]
     has_permuted_heads: bool = False
     output_factor: float = 1.0
+    has_shared: bool = False
+    adds_shared: bool = True
+    fixed: tuple[tuple[TensorEntry, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Views of a mixture as dense models: its backbone with the FFNs of one expert, or the backbone alone.
 
-    config.json + index of a mixture --expert_view(2)--> config + index of a dense model with the FFNs of expert 2
-                                     --backbone_view()--> the same without FFNs
+    config.json + index of a mixture --Mixture.view(2)-----> config + index of a dense model with the FFNs of expert 2
+                                     --Mixture.view(None)--> the same without FFNs
 
 Only names and ranges change, so bytes are read and copied as those of any model. An expert of a tensor that holds all
 experts of a layer is a contiguous range of it. Everything follows from the tables that merges are written by
@@ -10,7 +10,7 @@ experts of a layer is a contiguous range of it. Everything follows from the tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -28,6 +28,8 @@ from raymoe.sources.folder_protocol import unusable_checkpoint
 from raymoe.tensor_names import HEAD, LAYER, layer_of
 
 _SAVE_AGAIN = "download the mixture again, or save it again with save_pretrained"
+# The end of names of tensors that only affect which experts are chosen.
+_OF_CHOICE = "e_score_correction_bias"
 # Keys of a mixture's config.json that name its class.
 _OF_CLASS = ("architectures", "auto_map", "_name_or_path", "quantization_config")
 
@@ -40,38 +42,6 @@ class DenseView:
     index: CheckpointIndex
     mixture: MixtureFacts
     warnings: tuple[str, ...] = ()
-
-
-def expert_view(label: str, config: Mapping[str, Any], index: CheckpointIndex, expert: int | str) -> DenseView:
-    """The dense model of a mixture's backbone and the FFNs of one of its experts.
-
-    Args:
-        label: The mixture's name in messages.
-        config: Its config.json; that of the text part of an image-text model.
-        index: Its tensors, with the names of a text model.
-        expert: The number of an expert, or `SHARED_EXPERT`.
-
-    Returns:
-        The view. Its tensors lie where they are in the mixture's files.
-
-    Raises:
-        CheckpointError: If the model is no mixture that raymoe writes, has no such expert, or is no dense model with
-            the FFNs of this expert.
-
-    Example:
-        >>> expert_view("mixtral", config, index, 2).index.tensors["model.layers.0.mlp.up_proj.weight"]
-    """
-    if not is_mixture(config):
-        raise unusable_checkpoint(label, *_no_experts(config, expert))
-    return _Mixture(label, config, index).view(expert)
-
-
-def backbone_view(label: str, config: Mapping[str, Any], index: CheckpointIndex) -> DenseView:
-    """The attention, norms and embeddings of a mixture, as those of a dense model whose FFNs are not there.
-
-    Raises CheckpointError, as `expert_view`.
-    """
-    return _Mixture(label, config, index).view(None)
 
 
 def ffn_entries(
@@ -90,15 +60,13 @@ def ffn_entries(
         yield role[4:], entry
 
 
-def _no_experts(config: Mapping[str, Any], expert: int | str) -> tuple[str, str]:
+def _no_experts(config: Mapping[str, Any]) -> tuple[str, str]:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
-        return (
-            f"expert {expert} is asked for, but this is a dense model ({model_type}), which has no experts",
-            "leave out the expert, or name a mixture",
-        )
+        what = f"an expert is asked for, but this is a dense model ({model_type}), which has no experts"
+        return what, "leave out the expert, or name a mixture"
     known = "raymoe takes experts of mixtures of the architectures that it writes (`raymoe archs`)"
-    return f"expert {expert} is asked for, but model_type is {model_type!r}: {known}", "name another mixture"
+    return f"an expert is asked for, but model_type is {model_type!r:.80}: {known}", "name another mixture"
 
 
 def _number(value: object) -> float:
@@ -106,12 +74,27 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 1.0
 
 
-class _Mixture:
-    """A mixture's files, read by the tables of its architecture."""
+def _modules(names: Iterable[str]) -> set[str]:
+    """The modules of a layer that these tensors are in."""
+    return {name.removeprefix(LAYER).split(".")[0] for name in names if name.startswith(LAYER)}
+
+
+class Mixture:
+    """A mixture's files, read by the tables of its architecture. What all its views share is computed once."""
 
     def __init__(self, label: str, config: Mapping[str, Any], index: CheckpointIndex) -> None:
+        """
+        Args:
+            label: The mixture's name in messages.
+            config: Its config.json; that of the text part of an image-text model.
+            index: Its tensors, with the names of a text model.
+
+        Raises:
+            CheckpointError: If the model is no mixture that raymoe writes.
+        """
         found = find_moe_architecture(config)
-        assert found is not None
+        if found is None or not is_mixture(config):
+            raise unusable_checkpoint(label, *_no_experts(config))
         self._label, self._config, self._index = label, config, index
         self._where = f"{label}/config.json"
         self._architecture: MoeArchitecture = as_saved(found, index.tensors)
@@ -120,6 +103,7 @@ class _Mixture:
             remedy = "expected a positive whole number"
             raise unusable_checkpoint(self._where, f"{key} is {experts!r:.80}", remedy)
         self._experts = experts
+        self._outside: list[tuple[str, bool]] | None = None
         odd = rope_value_problems(config, FAMILIES[found.dense_family].rope_kinds)
         if wrong := first_few(Problem(where=self._where, what=w, remedy=f"expected {right}") for w, right in odd):
             raise CheckpointError(wrong)
@@ -129,7 +113,20 @@ class _Mixture:
         return f"{self._architecture.title} mixture of {self._experts} {plural('expert', self._experts)}"
 
     def view(self, expert: int | str | None) -> DenseView:
-        """The view with the FFNs of `expert`; None: without FFNs. Raises CheckpointError."""
+        """The dense model of the mixture's backbone and the FFNs of one of its experts.
+
+        Args:
+            expert: The number of an expert, or `SHARED_EXPERT`. None: the model has no FFNs.
+
+        Returns:
+            The view. Its tensors lie where they are in the mixture's files.
+
+        Raises:
+            CheckpointError: If there is no such expert, or no dense model with its FFNs.
+
+        Example:
+            >>> Mixture("mixtral", config, index).view(2).index.tensors["model.layers.0.mlp.up_proj.weight"]
+        """
         names = self._names_of(expert)
         config = self._dense_config(names, expert)
         result = read_spec(config, self._label)
@@ -147,6 +144,9 @@ class _Mixture:
             experts=self._experts,
             expert=expert,
             families=self._architecture.accepts,
+            has_shared=self._has_shared,
+            adds_shared=self._adds_shared(spec),
+            fixed=tuple(self._fixed(spec)),
             output_factor=_number(self._config.get("routed_scaling_factor")),
             has_permuted_heads=spec.family.rope_is_interleaved and not self._architecture.rope_is_interleaved,
         )
@@ -164,7 +164,7 @@ class _Mixture:
         """The names of the FFN's tensors."""
         if expert == SHARED_EXPERT:
             names = self._architecture.shared
-            if not names or names["ffn.down"].format(layer=self._last_layer) not in self._index.tensors:
+            if not self._has_shared:
                 what = f"it has no shared expert: it is a {self._title}"
                 raise unusable_checkpoint(self._label, what, f"name one of its experts, 0 to {self._experts - 1}")
             return names
@@ -175,6 +175,28 @@ class _Mixture:
             what = f"it is a {self._title} that stores experts transposed, and raymoe does not read them from there"
             raise unusable_checkpoint(self._label, what, "use the text model saved by itself (qwen3_moe)")
         return self._architecture.expert
+
+    @property
+    def _has_shared(self) -> bool:
+        names = self._architecture.shared
+        return bool(names) and names["ffn.down"].format(layer=self._last_layer) in self._index.tensors
+
+    def _adds_shared(self, spec: DenseSpec) -> bool:
+        architecture, key = self._architecture, "shared_expert_combination_strategy"
+        written = architecture.config(spec, MoeShape(experts=self._experts, experts_per_token=1))
+        return not architecture.shared_router and self._config.get(key) == written.get(key)
+
+    def _fixed(self, spec: DenseSpec) -> Iterator[tuple[TensorEntry, float]]:
+        """Tensors that merges have with one value, unless they only affect which experts are chosen."""
+        architecture = self._architecture
+        others = {*architecture.backbone.values(), *architecture.shared.values(), architecture.shared_router}
+        router = architecture.router.rpartition(".")[0] + "."
+        for row in architecture.constants(spec, MoeShape(experts=self._experts, experts_per_token=1)):
+            if row.name in others or row.name.startswith(router) or row.name.endswith(_OF_CHOICE):
+                continue
+            for layer in range(spec.layers):
+                if (entry := self._index.tensors.get(row.name.format(layer=layer))) is not None:
+                    yield entry, row.value
 
     @cached_property
     def _last_layer(self) -> int:
@@ -283,18 +305,27 @@ class _Mixture:
     def _unread(self, spec: DenseSpec, read: Mapping[str, TensorEntry]) -> tuple[list[str], list[str]]:
         """(tensors of the backbone that the dense family does not have, tensors of further layers). Routers, other
         experts and what else is in their modules are in neither: they are known, and not of this dense model."""
+        if self._outside is None:
+            self._outside = list(self._outside_moe_modules(spec))
         places = {(entry.file, entry.start) for entry in read.values()}
-        modules = self._moe_modules(spec)
         further, beyond = [], []
-        for name, entry in self._index.tensors.items():
-            layer = layer_of(name)
-            if layer is not None and layer >= spec.layers:
+        for name, is_beyond in self._outside:
+            entry = self._index.tensors[name]
+            if is_beyond:
                 beyond.append(name)
-            elif layer is not None and name.split(".")[3] in modules:
-                continue
             elif name not in read and (entry.file, entry.start) not in places:
                 further.append(name)
         return further, beyond
+
+    def _outside_moe_modules(self, spec: DenseSpec) -> Iterator[tuple[str, bool]]:
+        """(name, whether its layer is beyond the last one) of tensors outside the modules of experts and routers."""
+        modules = self._moe_modules(spec)
+        for name in self._index.tensors:
+            layer = layer_of(name)
+            if layer is not None and layer >= spec.layers:
+                yield name, True
+            elif layer is None or name.split(".")[3] not in modules:
+                yield name, False
 
     def _moe_modules(self, spec: DenseSpec) -> set[str]:
         """The modules of a layer that hold experts, routers, and tensors that dense models lack."""
@@ -308,11 +339,7 @@ class _Mixture:
             *(row.name for row in architecture.constants(spec, moe)),
             *(name for copies in architecture.copies.values() for name in copies),
         ]
-        found = {name.removeprefix(LAYER).split(".")[0] for name in names if name.startswith(LAYER)}
-        attention = {
-            name.removeprefix(LAYER).split(".")[0] for name in architecture.backbone.values() if name.startswith(LAYER)
-        }
-        return found - attention
+        return _modules(names) - _modules(architecture.backbone.values())
 
     def _with_other_keys(self, dense: Mapping[str, Any], spec: DenseSpec) -> dict[str, Any]:
         """The dense config with the other keys of the mixture's: token ids, dropout, dtype."""

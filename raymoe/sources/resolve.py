@@ -32,7 +32,7 @@ from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, o
 from raymoe.sources.kept_reads import KeptReads
 from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.lora import adapter_facts
-from raymoe.sources.mixture import DenseView, backbone_view, expert_view
+from raymoe.sources.mixture import DenseView, Mixture
 from raymoe.sources.output_head import has_own_head
 from raymoe.sources.quantization_check import leftover_warning, quantization_problems
 from raymoe.sources.unwrap import Unwrapped, unwrap
@@ -114,11 +114,18 @@ def resolve_models(
     collector = ProblemCollector(kind=CheckpointError)
     opened = {key: part for key, future in parts.items() if (part := collector.run(future.result))}
     facts: dict[ModelRef, ModelFacts] = {}
+    mixtures: dict[PathRef, Mixture] = {}  # as many as have experts, or a backbone, among the models
     for ref in refs:
         model = opened.get((ref.model, False))
         adapter = opened.get((ref.adapter, True)) if ref.adapter else None
         if model and (adapter or not ref.adapter):
-            resolved = collector.run(_facts, ref, model, adapter, as_backbone=ref in backbones)
+            as_backbone = ref in backbones and is_mixture(model.config)
+            view = None
+            if ref.expert is not None or as_backbone:
+                view = collector.run(_dense_view, ref, model, mixtures)
+                if view is None:
+                    continue
+            resolved = collector.run(_facts, ref, model, adapter, view)
             if resolved:
                 facts[ref] = replace(resolved, folders=folders_of(ref, options))
     if collector.problems:
@@ -305,9 +312,8 @@ def _reject_cache_folder(path: str) -> None:
     raise unusable_checkpoint(path, what, f"name the model by its Hub id, {'/'.join(names)}{where if commits else ''}")
 
 
-def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None, *, as_backbone: bool) -> ModelFacts:
+def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None, view: DenseView | None) -> ModelFacts:
     facts, warnings, index, own_head = None, model.warnings, model.index, model.own_head
-    view = _dense_view(ref, model, as_backbone=as_backbone)
     label = f"{model.folder.label}{expert_suffix(ref.expert)}"
     if view is not None:
         warnings, index = warnings + view.warnings, view.index
@@ -340,13 +346,11 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None, *, 
     )
 
 
-def _dense_view(ref: ModelRef, model: OpenedFolder, *, as_backbone: bool) -> DenseView | None:
-    """The dense model that a mixture is used as; None if the model is used as it is."""
-    if ref.expert is not None:
-        return expert_view(model.folder.label, model.config, model.index, ref.expert)
-    if as_backbone and is_mixture(model.config):
-        return backbone_view(model.folder.label, model.config, model.index)
-    return None
+def _dense_view(ref: ModelRef, model: OpenedFolder, mixtures: dict[PathRef, Mixture]) -> DenseView:
+    """The dense model that a mixture is used as. Raises CheckpointError."""
+    if ref.model not in mixtures:
+        mixtures[ref.model] = Mixture(model.folder.label, model.config, model.index)
+    return mixtures[ref.model].view(ref.expert)
 
 
 def _other_base_warning(adapter: AdapterFacts, model: PathRef) -> tuple[str, ...]:
