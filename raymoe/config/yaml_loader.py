@@ -69,8 +69,7 @@ def _report(name: str, line: int | None, what: str, remedy: str = "") -> Problem
 
 def _compose(text: str, name: str) -> Node:
     text = _without_json_tabs(text)
-    if _has_too_many_values(text):
-        raise _too_many(name)
+    _check_size(text, name)
     try:
         root = yaml.compose(text, Loader=_Loader)
     except _TooManyError:
@@ -105,10 +104,13 @@ class _TooManyError(Exception):
     pass
 
 
-def _has_too_many_values(text: str) -> bool:
-    """Counts with the C parser, as far as it accepts the text: it is much faster than composing a tree in Python."""
+def _check_size(text: str, name: str) -> None:
+    """Raises ProblemReport for a text with too many values, or nested too deeply.
+
+    The C parser counts, as far as it accepts the text: it is much faster than composing a tree in Python.
+    """
     if not hasattr(yaml, "CSafeLoader"):
-        return False
+        return
     values = depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.CSafeLoader):
@@ -118,11 +120,12 @@ def _has_too_many_values(text: str) -> bool:
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
-            if values > _MAX_VALUES or depth > _MAX_DEPTH:  # each level makes the parser slower
-                break
+            if values > _MAX_VALUES:
+                raise _too_many(name)
+            if depth > _MAX_DEPTH + 1:  # the root is a level too; each makes the parser slower
+                raise _too_deep(name, event.start_mark.line + 1)
     except (yaml.YAMLError, ValueError):  # the latter for text that is no UTF-8
-        return False
-    return values > _MAX_VALUES
+        pass
 
 
 def _too_many(name: str) -> ProblemReport:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from raymoe.config import load_config
+from raymoe.config import load_config, yaml_loader
 from raymoe.errors import Problem, ProblemReport
 
 ProblemsOf = Callable[[str], tuple[Problem, ...]]
@@ -60,26 +61,43 @@ def test_remedies_of_syntax_errors(only_problem: OnlyProblem, edited: Edited) ->
     assert "put it in quotes" in only_problem(edited(('"proof"', "[INST] hi [/INST]"))).remedy
 
 
-def test_text_that_grows_when_written_out(only_problem: OnlyProblem) -> None:
+# The real limit, and one that is reached sooner.
+LIMITS = pytest.mark.parametrize("limit", [2_000, pytest.param(200_000, marks=pytest.mark.slow)])
+
+
+@LIMITS
+def test_text_that_grows_when_written_out(
+    limit: int, only_problem: OnlyProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit != yaml_loader._MAX_VALUES:
+        monkeypatch.setattr(yaml_loader, "_MAX_VALUES", limit)
     levels = "".join(f"k{i + 1}: &k{i + 1} [{', '.join([f'*k{i}'] * 9)}]\n" for i in range(9))
     problem = only_problem("k0: &k0 [x]\n" + levels)
-    assert problem.what == "it holds more than 200000 values"
+    assert problem.what == f"it holds more than {limit} values"
 
 
+@LIMITS
 @pytest.mark.parametrize(
-    "text",
+    "text_of",
     [
         # Anchors are merged as often as they are named: n * n steps.
-        "k0: &a {" + ", ".join(f"k{n}: 1" for n in range(800)) + "}\nb: {<<: [" + ", ".join(["*a"] * 800) + "]}\n",
-        "k0: &a {" + ", ".join(f"k{n}: 1" for n in range(800)) + "}\nb: {" + ", ".join(["<<: *a"] * 800) + "}\n",
+        lambda n: (
+            "k0: &a {" + ", ".join(f"k{i}: 1" for i in range(n)) + "}\nb: {<<: [" + ", ".join(["*a"] * n) + "]}\n"
+        ),
+        lambda n: "k0: &a {" + ", ".join(f"k{i}: 1" for i in range(n)) + "}\nb: {" + ", ".join(["<<: *a"] * n) + "}\n",
         # Composed whole, these would take gigabytes. The end is for Python's parser alone.
-        "a: [" + "[]," * 200_000 + "]\n",
-        "a: [" + "[]," * 200_000 + '"\\q',
+        lambda n: "a: [" + "[]," * (n * n) + "]\n",
+        lambda n: "a: [" + "[]," * (n * n) + '"\\q',
     ],
     ids=["aliases", "merges", "lists", "not YAML after all"],
 )
-def test_more_than_it_looks(text: str, only_problem: OnlyProblem) -> None:
-    assert only_problem(text).what == "it holds more than 200000 values"
+def test_more_than_it_looks(
+    text_of: Callable[[int], str], limit: int, only_problem: OnlyProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit != yaml_loader._MAX_VALUES:
+        monkeypatch.setattr(yaml_loader, "_MAX_VALUES", limit)
+    text = text_of(math.isqrt(3 * limit))
+    assert only_problem(text).what == f"it holds more than {limit} values"
 
 
 def test_numbers_that_are_long(problems_of: ProblemsOf, valid: str) -> None:

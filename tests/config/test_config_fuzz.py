@@ -124,8 +124,8 @@ def outcome(text: str) -> MergeConfig | ProblemReport:
 @pytest.mark.parametrize(
     ("seed", "times"),
     [
-        (0, 60),
-        pytest.param(1, 240, marks=pytest.mark.slow),
+        (0, 40),
+        pytest.param(1, 260, marks=pytest.mark.slow),
         *(pytest.param(seed, 150, marks=pytest.mark.soak) for seed in range(2, 10)),
     ],
 )

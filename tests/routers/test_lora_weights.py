@@ -100,7 +100,7 @@ def test_several_actors_share_the_adapters(sources: tuple[Path, list[str]]) -> N
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),  # sources/test_lora.py compares deltas with peft's
         pytest.param({"use_dora": True}, marks=pytest.mark.slow),
         pytest.param({"use_rslora": True, "rank_pattern": {"up_proj": 3}}, marks=pytest.mark.slow),
     ],

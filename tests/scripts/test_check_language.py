@@ -64,6 +64,7 @@ def test_reads_code_and_docs_but_not_tests(script: dict[str, Any], tmp_path: Pat
     assert sorted(script["find_all"](tmp_path)) == ["README.md", "docs/b.md", "raymoe/a.py"]
 
 
+@pytest.mark.slow  # and `make lint` is this
 def test_this_code_and_these_docs_pass(script: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert script["main"]() == 0, capsys.readouterr().out
 

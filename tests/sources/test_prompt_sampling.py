@@ -218,7 +218,7 @@ def test_a_repeated_text_is_held_a_few_times(here: Path, monkeypatch: pytest.Mon
 
 
 def test_a_repeated_text_is_one_object(here: Path) -> None:
-    name = repeated(here / "a.parquet", 2**20, 300)
+    name = repeated(here / "a.parquet", 2**16, 300)
     found = drawn(name, limit=None)
     assert len(found) == 300 and len({id(text) for text in found}) == 1
 

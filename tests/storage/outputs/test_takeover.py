@@ -91,6 +91,21 @@ def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plac
     yield from made_place(request.param, tmp_path)
 
 
+@pytest.fixture(
+    params=[
+        ("memory", 3),
+        pytest.param(("memory", 1), marks=pytest.mark.slow),
+        pytest.param(("moto", None), marks=pytest.mark.s3),
+    ],
+    ids=["memory", "memory, each call", "moto"],
+)
+def tried(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Place, int | None]]:
+    """A place for `every_order`, and of how many calls one is tried; None where that is the test's choice."""
+    kind, step = request.param
+    for place in made_place(kind, tmp_path):
+        yield place, step
+
+
 def shard_of(plan: MergePlan, owner: Owner) -> Shard:
     return next(shard for shard in plan.shards if shard.owner == owner)
 
@@ -357,10 +372,6 @@ def every_order(place: Place, once: Callable[[Place, int], int], step: int) -> N
     assert tried > 3, "nearly nothing was tried"
 
 
-def steps(place: Place, on_server: int) -> int:
-    return on_server if place.location.startswith("s3://") else 1
-
-
 class TakeOver:
     """What a newer run does while an older one stands still: all of the merge, or first its shards."""
 
@@ -413,13 +424,13 @@ def test_taken_over_while_the_old_run_stands_still(
             check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 2))
+    every_order(store_place, once, 2 if store_place.location.startswith("s3://") else 1)
 
 
 @pytest.mark.soak_on("moto")
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
 def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
-    store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
+    tried: tuple[Place, int | None], plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
 ) -> None:
     """Its last calls come in before any of the newer run's. That one ends well, or with an error, and never wrong."""
     old, new = plans if other_plan else (plans[0], plans[0])
@@ -449,7 +460,8 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
             check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 6))
+    place, step = tried
+    every_order(place, once, step or 6)
     if other_plan:
         assert failed == []
 
@@ -497,7 +509,7 @@ def test_a_run_that_goes_on_late(
     store_place: Place, plans: tuple[MergePlan, MergePlan], small: MergePlan, tmp_path: Path
 ) -> None:
     """Its unfinished merge is discarded by another plan's, with --overwrite, which ends before the late claim."""
-    for at in range(steps(store_place, 0) * 4 + 1):  # on a server before the claim alone
+    for at in range(1 if store_place.location.startswith("s3://") else 5):  # on a server before the claim alone
         place = Place(f"{store_place.location}-{at}")
         started(place, plans[0])
         late = open_output(Location.parse(place.location), OPTIONS)
@@ -841,7 +853,7 @@ def test_journal_of_an_older_raymoe(place: Place, plans: tuple[MergePlan, MergeP
 
 
 def test_interrupted_while_it_removes_the_old_merge(
-    store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path
+    tried: tuple[Place, int | None], plans: tuple[MergePlan, MergePlan], tmp_path: Path
 ) -> None:
     """The next run of the same command, with --overwrite or without, removes the rest first."""
     old, new = plans
@@ -867,4 +879,5 @@ def test_interrupted_while_it_removes_the_old_merge(
         check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 3))
+    place, step = tried
+    every_order(place, once, step or 3)
