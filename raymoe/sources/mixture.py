@@ -74,6 +74,17 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 1.0
 
 
+def _plain_ffn(spec: DenseSpec) -> dict[str, str]:
+    """Role to tensor name, of the FFN of a layer without experts. MoE architectures store its matrices one by one."""
+    names = {}
+    for row in spec.rows():
+        if row.is_ffn and row.fused:
+            names |= {role: f"{LAYER}{spec.family.ffn}.{role[4:]}_proj.weight" for role, _ in row.fused}
+        elif row.is_ffn:
+            names[row.role] = row.name
+    return names
+
+
 def _modules(names: Iterable[str]) -> set[str]:
     """The modules of a layer that these tensors are in."""
     return {name.removeprefix(LAYER).split(".")[0] for name in names if name.startswith(LAYER)}
@@ -247,12 +258,14 @@ class Mixture:
         missing: list[str] = []
         for layer in range(spec.layers):
             stored = {name.format(layer=layer, expert=expert) for name in names.values()}
-            own = [row.name.format(layer=layer) for row in spec.rows(layer) if row.is_ffn]
+            own = {role: name.format(layer=layer) for role, name in _plain_ffn(spec).items()}
             if stored <= self._index.tensors.keys():
-                found |= self._expert_layer(spec, names, layer, expert)
-            elif stored.isdisjoint(self._index.tensors) and all(name in self._index.tensors for name in own):
+                parts = self._expert_parts(names, layer, expert)
+                found |= self._ffn_tensors(spec, layer, parts)
+            elif stored.isdisjoint(self._index.tensors) and self._index.tensors.keys() >= {*own.values()}:
+                parts = {role: self._index.tensors[name] for role, name in own.items()}
                 dense.append(layer)
-                found |= {name: self._index.tensors[name] for name in own}
+                found |= self._ffn_tensors(spec, layer, parts)
             else:
                 missing += sorted(stored - self._index.tensors.keys())
         if missing:
@@ -263,12 +276,8 @@ class Mixture:
 
     def _check_dense_layers(self, spec: DenseSpec, dense: list[int]) -> None:
         """Raises CheckpointError if layers without experts have an FFN of another width than the experts."""
-        widths = {
-            self._index.tensors[row.name.format(layer=layer)].shape[-1]
-            for layer in dense
-            for row in spec.rows(layer)
-            if row.role == "ffn.down"
-        }
+        down = _plain_ffn(spec)["ffn.down"]
+        widths = {self._index.tensors[down.format(layer=layer)].shape[-1] for layer in dense}
         if other := sorted(widths - {spec.intermediate}):
             layers = short_list([str(layer) for layer in dense], most=4)
             what = (
@@ -278,16 +287,20 @@ class Mixture:
             )
             raise unusable_checkpoint(self._label, what, "use a mixture with experts in all layers")
 
-    def _expert_layer(
-        self, spec: DenseSpec, names: Mapping[str, str], layer: int, expert: int
-    ) -> Iterator[tuple[str, TensorEntry]]:
+    def _expert_parts(self, names: Mapping[str, str], layer: int, expert: int) -> dict[str, TensorEntry]:
+        """The matrices of an expert by their roles."""
         for name in sorted({template.format(layer=layer, expert=expert) for template in names.values()}):
             shape = self._index.tensors[name].shape
             fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == self._experts)
             if not fits or 0 in shape:
                 what = f"{name} is {list(shape)}, which does not hold {self._experts} experts"
                 raise unusable_checkpoint(self._label, what, _SAVE_AGAIN)
-        parts = {f"ffn.{role}": entry for role, entry in ffn_entries(names, self._index.tensors, layer, expert)}
+        return {f"ffn.{role}": entry for role, entry in ffn_entries(names, self._index.tensors, layer, expert)}
+
+    def _ffn_tensors(
+        self, spec: DenseSpec, layer: int, parts: Mapping[str, TensorEntry]
+    ) -> Iterator[tuple[str, TensorEntry]]:
+        """(dense name, entry) of the FFN that these matrices are."""
         for row in spec.rows(layer):
             if row.is_ffn:
                 name = row.name.format(layer=layer)
