@@ -228,9 +228,10 @@ def _ffn_experts(member: Member, moe: MoeShape, dtype: str, seed: int) -> Iterat
     """The experts that a member's FFN is cut into, layer by layer: their numbers, and their matrices by role. A shared
     expert is whole."""
     granularity, reinit = 1 if member.is_shared else moe.granularity, member.config.reinit
+    first = (member.owner.index or 0) * granularity
     for matrices in _ffn_layers(member, moe, dtype, seed):
         for part in range(granularity):
-            number = (member.owner.index or 0) * granularity + part
+            number = first + part
             expert = _cut(matrices, part, granularity, seed) if granularity > 1 else matrices
             if reinit:
                 channels = f"layer {_layer(matrices)} {member.owner.kind.value} {number}"

@@ -107,3 +107,15 @@ def test_a_shared_expert_as_wide_as_an_expert_is_refused(zoo: Callable[..., Path
     dense = zoo("hunyuan_v1_dense")
     report = plan_problems(merge_config(dense, [dense] * 2, shared=dense, mode="random", granularity=2))
     assert "Hunyuan MoE: granularity 2 with shared_experts: its shared expert is as wide as an expert" in report
+
+
+@pytest.mark.parametrize(("dtype", "most", "least"), [(torch.float32, 0.0, 0.0), (torch.bfloat16, 0.006, 0.002)])
+def test_ties_of_sources_are_rare(dtype: torch.dtype, most: float, least: float) -> None:
+    """The share of tokens for which a router chooses experts of two sources, with one at work: docs/upcycling.md."""
+    generator, hidden, sources = torch.Generator().manual_seed(0), 1024, 8
+    rows = (2 * torch.rand(sources, hidden, generator=generator) - 1) * hidden**-0.5
+    states = torch.randn(20_000, hidden, generator=generator)
+    scores = states.to(dtype) @ rows.repeat_interleave(G, dim=0).to(dtype).T
+    _, chosen = scores.softmax(dim=-1, dtype=torch.float32).topk(G, dim=-1)
+    mixed = (chosen // G != chosen[:, :1] // G).any(dim=-1).float().mean().item()
+    assert least <= mixed <= most

@@ -135,10 +135,11 @@ def test_an_image_in_layers_with_inputs_of_their_own(tmp_path: Path) -> None:
     assert (image_logits(merged) - image_logits(dense)).abs().max() < MAX_DIFFERENCE
 
 
-def test_qwen3_vl_becomes_its_own_moe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [{}, {"moe_layers": [1], "granularity": 2}], ids=["whole", "some layers, cut"])
+def test_qwen3_vl_becomes_its_own_moe(keys: dict[str, Any], tmp_path: Path) -> None:
     """Images go through layers, too (deepstack). Names and transposed experts are those of the published model."""
     wrapped = save_published(tmp_path / "wrapped", "qwen3_vl")
-    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
+    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3, **keys), tmp_path / "merged")
 
     dense, merged = load_wrapped(wrapped), load_wrapped(tmp_path / "merged")
     assert type(merged).__name__ == plan.config["architectures"][0] == "Qwen3VLMoeForConditionalGeneration"
