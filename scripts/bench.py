@@ -7,18 +7,24 @@
 The models are random (scripts/random_model.py) and made once. One run of each program is measured for its memory; then
 they take turns, the page cache being in the same state before each run, and medians are compared. `raw` (see
 raw_copy.py) copies the output's shards from the same ranges of the same files, on as many threads as there are
-processors: `copy_file_range` into files whose room was set aside, and fsync. With `--backbones`, raymoe merges with
-these backbones as well, in turn with the others:
+processors: `copy_file_range` into files whose room was set aside, and fsync.
+
+Each output is written to a disk (WORK) and to a RAM disk (`--ram-disk`). After each run the system's `sync` is waited
+for, and both times are kept: until the program ended, and until its bytes were on the disk, too.
+
+With `--backbones`, raymoe merges with these backbones as well, in turn with the others:
 
     python scripts/bench.py run --work /tmp/bench --shapes mistral-1b --modes hidden --backbones linear
     python scripts/bench.py page --work /tmp/bench --tables backbones
 
-Results are added to WORK/results.json, one entry per shape, mode and number of actors; a new one replaces an old one.
+Results are added to WORK/results.json, one entry per shape, mode, number of actors and kind of disk; a new one replaces
+an old one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -26,8 +32,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +54,15 @@ STEPS = {
     "shards are written": "write",
     "checkpoint is complete": "finish",
 }
+# The same in result.json: which phase has ended then.
+RECORDED = {
+    "Ray is up": "start of Ray",
+    "actors are up": "start of actors",
+    "gates are computed": "gates",
+    "shards are written": "shards",
+    "checkpoint is complete": "end",
+}
+DISKS = ("disk", "RAM disk")
 
 
 def models(work: Path, shape: str, tokenizer: Path) -> list[Path]:
@@ -87,16 +103,18 @@ def write_copies(path: Path, config: Path) -> Path:
 
 
 class Contest:
-    """One shape, mode and number of actors: the programs, and what their runs took."""
+    """One shape, mode, number of actors and kind of disk: the programs, and what their runs took."""
 
-    def __init__(self, arguments: argparse.Namespace, shape: str, mode: str, actors: int | None) -> None:
-        self._cache, self._output = arguments.cache, arguments.work / "output"
+    def __init__(self, arguments: argparse.Namespace, shape: str, mode: str, actors: int | None, disk: str) -> None:
+        self._cache, self._disk = arguments.cache, disk
+        self._output = (arguments.work if disk == "disk" else arguments.ram_disk) / "output"
+        self._output.parent.mkdir(parents=True, exist_ok=True)
         experts = models(arguments.work, shape, arguments.tokenizer)
         self._sources = [file for model in experts for file in model.glob("*.safetensors")]
         given = (experts, mode, arguments.prompts, arguments.words)
         config = write_config(arguments.work / "config.yaml", *given)
         copies = write_copies(arguments.work / "copies.json", config)
-        options = [str(self._output), "-v", *(["--actors", str(actors)] if actors else [])]
+        options = [str(self._output), *(["--actors", str(actors)] if actors else [])]
         merge = [sys.executable, "-m", "raymoe", "merge"]
         raw = [sys.executable, str(ROOT / "scripts/raw_copy.py"), str(copies), str(self._output)]
         self.commands = {"raymoe": [*merge, str(config), *options], "raw": raw}
@@ -109,25 +127,28 @@ class Contest:
         self.shape, self.mode, self.actors = shape, mode, actors
 
     def hold(self, runs: int) -> dict[str, Any]:
-        """The memory run of each program, then `runs` rounds of timed ones."""
+        """The memory run of each program (with outputs on a disk), then `runs` rounds of timed ones."""
         taken: dict[str, list[Run]] = {name: [] for name in self.commands}
-        memory = {name: self._run(name, memory=True) for name in self.commands}
-        output_bytes = sum(file.stat().st_size for file in self._output.iterdir())
+        watched = self.commands if self._disk == "disk" else ()
+        memory = {name: self._run(name, memory=True) for name in watched}
         for _ in range(runs):
             for name in self.commands:
-                taken[name].append(self._run(name))
-                print(f"{self.shape} {self.mode} {name}: {taken[name][-1].seconds:.2f} s", flush=True)
+                taken[name].append(run := self._run(name))
+                times = f"{run.seconds:.2f} s, until synced {run.synced_seconds:.2f} s"
+                print(f"{self.shape} {self.mode} to a {self._disk}, {name}: {times}", flush=True)
+        output_bytes = sum(file.stat().st_size for file in self._output.iterdir())
         self._clear()
         return {
             "shape": self.shape,
             "mode": self.mode,
             "actors": self.actors,
             "cache": self._cache,
+            "disk": self._disk,
             "processors": os.cpu_count(),
             "machine": platform.machine(),
             "experts": EXPERTS,
             "output_bytes": output_bytes,
-            "programs": {name: summary(taken[name], memory[name]) for name in self.commands},
+            "programs": {name: summary(taken[name], memory.get(name)) for name in self.commands},
         }
 
     def _run(self, name: str, *, memory: bool = False) -> Run:
@@ -136,19 +157,37 @@ class Contest:
         drop_from_cache(self._sources)
         if self._cache == "warm":
             read_into_cache(self._sources)
-        return run_program(self.commands[name], steps=() if name in ("raw", "mergekit") else list(STEPS), memory=memory)
+        is_ours = name not in ("raw", "mergekit")
+        run = run_program(self.commands[name], steps=list(STEPS)[:1] if is_ours else (), memory=memory)
+        began = time.perf_counter()
+        os.sync()
+        run = replace(run, synced_seconds=run.seconds + time.perf_counter() - began)
+        if not is_ours:
+            return run
+        return replace(run, steps=steps_of(run, json.loads((self._output / "result.json").read_text())["phases"]))
 
     def _clear(self) -> None:
         shutil.rmtree(self._output, ignore_errors=True)
 
 
-def summary(runs: Sequence[Run], memory: Run) -> dict[str, Any]:
-    """Medians over the runs; all of them are kept beside."""
+def steps_of(run: Run, recorded: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Seconds from the start of the process until each step, from the phases of result.json.
+
+    These count from a moment after Python's start: the line that comes with a phase says how long after.
+    """
+    (first, at), *_ = run.steps.items()
+    before = at - recorded["start of Ray"]["start_s"]
+    return {first: at} | {step: before + recorded[p]["end_s"] for step, p in RECORDED.items() if p in recorded}
+
+
+def summary(runs: Sequence[Run], memory: Run | None) -> dict[str, Any]:
+    """Medians over the runs; all of them are kept beside. `memory`: the run whose memory was measured."""
     return {
         "seconds": statistics.median(run.seconds for run in runs),
+        "synced_seconds": statistics.median(run.synced_seconds or run.seconds for run in runs),
         "phases": median_phases([phases(run) for run in runs]),
-        "peak_pss": memory.peak_pss,
-        "peak_anonymous": memory.peak_anonymous,
+        "peak_pss": memory and memory.peak_pss,
+        "peak_anonymous": memory and memory.peak_anonymous,
         "runs": [asdict(run) for run in runs],
     }
 
@@ -174,9 +213,9 @@ def median_phases(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def add_result(path: Path, result: dict[str, Any]) -> None:
-    key = ("shape", "mode", "actors", "cache", "processors")
+    key = ("shape", "mode", "actors", "cache", "disk", "processors")
     results = json.loads(path.read_text()) if path.exists() else []
-    kept = [old for old in results if any(old[name] != result[name] for name in key)]
+    kept = [old for old in results if any(old.get(name) != result.get(name) for name in key)]
     path.write_text(json.dumps([*kept, result], indent=2) + "\n")
 
 
@@ -184,8 +223,8 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     for shape in arguments.shapes:
         for mode in arguments.modes:
-            for actors in arguments.actors or [None]:
-                contest = Contest(arguments, shape, mode, actors)
+            for actors, disk in itertools.product(arguments.actors or [None], arguments.disks):
+                contest = Contest(arguments, shape, mode, actors, disk)
                 result = contest.hold(arguments.runs)
                 result["commit"] = commit()
                 add_result(arguments.work / "results.json", result)
@@ -212,6 +251,8 @@ def main() -> None:
     )
     runs.add_argument("--runs", type=int, default=3)
     runs.add_argument("--cache", choices=["warm", "cold"], default="warm", help="page cache before each run")
+    runs.add_argument("--disks", nargs="+", choices=DISKS, default=DISKS, help="where outputs are written")
+    runs.add_argument("--ram-disk", type=Path, default=Path("/dev/shm/raymoe-bench"), help="a folder on a RAM disk")
     runs.add_argument("--prompts", type=int, default=8, help="an expert")
     runs.add_argument("--words", type=int, default=24, help="a prompt, about")
     runs.add_argument("--backbones", nargs="+", default=[], metavar="YAML", help="backbones besides the base's")

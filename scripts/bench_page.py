@@ -27,13 +27,24 @@ Point = tuple[float, float]
 def update_page(page: Path, results: Sequence[Result], names: Collection[str] = TABLES) -> None:
     """Put the tables of these names between the page's marks. The plot goes with `times`, beside the page."""
     ordered = sorted(
-        results, key=lambda r: (r["processors"], r["output_bytes"], r["cache"], r["mode"], r["actors"] or 0)
+        results,
+        key=lambda r: (r["processors"], r["output_bytes"], r["cache"], r["mode"], r["actors"] or 0, disk_of(r)),
     )
     tables = dict(zip(TABLES, (times_table, phase_table, memory_table, backbone_table), strict=True))
     for name in names:
         put_between(page, MARK.format(name), tables[name](ordered))
-    if "times" in names:
+    if "times" in names and on_disk(ordered):
         page.with_suffix(".svg").write_text(plot(ordered) + "\n")
+
+
+def disk_of(result: Result) -> str:
+    """The kind of disk that the output was written to: "disk" or "RAM disk"."""
+    return str(result.get("disk", "disk"))
+
+
+def on_disk(results: Sequence[Result]) -> list[Result]:
+    """The results whose outputs were written to a disk: memory and phases are told of these only."""
+    return [result for result in results if disk_of(result) == "disk"]
 
 
 def case(result: Result) -> str:
@@ -44,25 +55,26 @@ def case(result: Result) -> str:
 
 
 def times_table(results: Sequence[Result]) -> str:
-    lines = [
-        "| models | output | mode | page cache | actors | raymoe | mergekit-moe | raw copy | raymoe : mergekit-moe "
-        "| writing : raw copy |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Times of whole processes; on a disk, also until a `sync` after them."""
+    columns = ["models", "output", "mode", "page cache", "actors", "to", "raymoe", "mergekit-moe", "raw copy"]
+    columns += ["raymoe : mergekit-moe", "writing : raw copy", "until synced: raymoe", "mergekit-moe", "raw copy"]
+    columns += ["raymoe : mergekit-moe"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for result in results:
-        programs = result["programs"]
-        ours, raw = programs["raymoe"], programs["raw"]
-        theirs = programs.get("mergekit")
-        ratio = f"{ours['seconds'] / theirs['seconds']:.2f}" if theirs else "-"
-        cells = [
-            f"{ours['seconds']:.1f} s",
-            f"{theirs['seconds']:.1f} s" if theirs else "-",
-            f"{raw['seconds']:.1f} s",
-            ratio,
-            f"{ours['phases']['write'] / raw['seconds']:.2f}",
-        ]
+        programs, disk = result["programs"], disk_of(result)
+        writing = programs["raymoe"]["phases"]["write"] / programs["raw"]["seconds"]
+        *times, ratio = _compared(programs, "seconds")
+        cells = [disk, *times, ratio, f"{writing:.2f}"]
+        cells += _compared(programs, "synced_seconds") if disk == "disk" else ["-"] * 4
         lines.append(f"{case(result)} {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _compared(programs: Result, what: str) -> list[str]:
+    """Seconds of raymoe, mergekit-moe and the raw copy, and the ratio of the first two; "-" where there is none."""
+    seconds = [programs.get(name, {}).get(what) for name in NAMES]
+    ratio = f"{seconds[0] / seconds[1]:.2f}" if seconds[0] and seconds[1] else "-"
+    return [*(f"{each:.1f} s" if each else "-" for each in seconds), ratio]
 
 
 def phase_table(results: Sequence[Result]) -> str:
@@ -70,7 +82,7 @@ def phase_table(results: Sequence[Result]) -> str:
         f"| models | output | mode | page cache | actors | {' | '.join(PHASES)} |",
         "|---" * (5 + len(PHASES)) + "|",
     ]
-    for result in results:
+    for result in on_disk(results):
         found = result["programs"]["raymoe"]["phases"]
         cells = [f"{found[name]:.1f} s" if name in found else "-" for name in PHASES]
         lines.append(f"{case(result)} {' | '.join(cells)} |")
@@ -82,7 +94,7 @@ def memory_table(results: Sequence[Result]) -> str:
         "| models | output | mode | page cache | actors | raymoe | without file pages | mergekit-moe |",
         "|---" * 8 + "|",
     ]
-    for result in results:
+    for result in on_disk(results):
         programs = result["programs"]
         cells = [megabytes(programs["raymoe"]["peak_pss"]), megabytes(programs["raymoe"]["peak_anonymous"])]
         cells.append(megabytes(programs["mergekit"]["peak_pss"]) if "mergekit" in programs else "-")
@@ -97,7 +109,7 @@ def backbone_table(results: Sequence[Result]) -> str:
         "memory, base | memory, this backbone | more than base |",
         "|---" * 13 + "|",
     ]
-    for result in results:
+    for result in on_disk(results):
         base = result["programs"]["raymoe"]
         for name, found in result["programs"].items():
             if not name.startswith(BACKBONE):
@@ -165,7 +177,8 @@ def megabytes(count: int) -> str:
 
 
 def plot(results: Sequence[Result]) -> str:
-    """Time against the output's size and, where there are results for it, against the number of actors."""
+    """Time against the output's size and, where there are results for it, against the number of actors. On a disk."""
+    results = on_disk(results)
     mode = max({r["mode"] for r in results}, key=lambda m: sum(r["mode"] == m for r in results))
     mine = [r for r in results if r["mode"] == mode and r["cache"] == results[0]["cache"]]
     panels = [

@@ -27,7 +27,8 @@ class Run:
     Memory is the largest sum of proportional set sizes (shared pages count once) over all processes of the run, and
     the part of it that is no file's pages; both None where memory was not looked at. `cpu_seconds` is the processor
     time, user and system, of the processes whose names were given to `run_program`; `cpu_seconds_at` is what they had
-    used when each step was reached.
+    used when each step was reached. `synced_seconds`: as `seconds`, until a `sync` after it had ended; None where none
+    was waited for.
     """
 
     seconds: float
@@ -36,6 +37,7 @@ class Run:
     peak_anonymous: int | None = None
     cpu_seconds: float | None = None
     cpu_seconds_at: dict[str, float] = field(default_factory=dict)
+    synced_seconds: float | None = None
 
 
 def run_program(

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from bench import add_result, median_phases, phases  # noqa: E402
+from bench import add_result, median_phases, phases, steps_of  # noqa: E402
 from bench_page import MARK, S3_MARK, TABLES, update_page, update_s3_tables  # noqa: E402
 from raw_copy import copy_all  # noqa: E402
 from run_measures import Run, run_program  # noqa: E402
@@ -88,15 +88,36 @@ def test_phases() -> None:
     assert "gates" not in median_phases([found, without])
 
 
-def result(shape: str, size: int, actors: int | None, seconds: float) -> dict[str, Any]:
+def test_steps_from_the_phases_of_a_result() -> None:
+    """They count from the start of the process: a line that was printed with a phase says how long before they do."""
+    recorded = {
+        "plan": {"start_s": 0.1, "end_s": 0.3},
+        "start of Ray": {"start_s": 0.4, "end_s": 2.4},
+        "start of actors": {"start_s": 2.4, "end_s": 2.9},
+        "shards": {"start_s": 2.9, "end_s": 4.9},
+        "end": {"start_s": 4.9, "end_s": 5.0},
+    }
+    steps = steps_of(Run(9.0, {"starting Ray on this machine": 1.0}), recorded)
+    assert {step: round(at, 6) for step, at in steps.items()} == {
+        "starting Ray on this machine": 1.0,
+        "Ray is up": 3.0,
+        "actors are up": 3.5,
+        "shards are written": 5.5,
+        "checkpoint is complete": 5.6,
+    }
+
+
+def result(shape: str, size: int, actors: int | None, seconds: float, disk: str = "disk") -> dict[str, Any]:
     def program(seconds: float) -> dict[str, Any]:
-        return {"seconds": seconds, "phases": {"write": 2.0}, "peak_pss": 700_000_000, "peak_anonymous": 600_000_000}
+        times = {"seconds": seconds, "synced_seconds": 4 * seconds, "phases": {"write": 2.0}}
+        return {**times, "peak_pss": 700_000_000, "peak_anonymous": 600_000_000}
 
     return {
         "shape": shape,
         "mode": "hidden",
         "actors": actors,
         "cache": "warm",
+        "disk": disk,
         "processors": 2,
         "experts": 4,
         "output_bytes": size,
@@ -112,15 +133,20 @@ def test_page(tmp_path: Path) -> None:
         result("2b", 14_000_000_000, None, 12.0),
         result("1b", 6_890_000_000, 1, 9.5),
         result("1b", 6_890_000_000, None, 8.0),  # instead of the first one
+        result("1b", 6_890_000_000, None, 7.0, "RAM disk"),
     ):
         add_result(results, entry)
     stored = json.loads(results.read_text())
-    assert [entry["programs"]["raymoe"]["seconds"] for entry in stored] == [12.0, 9.5, 8.0]
+    assert [entry["programs"]["raymoe"]["seconds"] for entry in stored] == [12.0, 9.5, 8.0, 7.0]
     for _ in range(2):
         update_page(page, stored)
     text = page.read_text()
-    assert text.count("| 4 × 1b | 6.89 GB | hidden | warm | all | 8.0 s | 16.0 s | 1.6 s | 0.50 | 1.25 |") == 1
-    assert text.count("| 4 × 1b | 6.89 GB | hidden | warm | 1 |") == 3
+    case = "| 4 × 1b | 6.89 GB | hidden | warm |"
+    synced = "32.0 s | 64.0 s | 6.4 s | 0.50 |"
+    assert text.count(f"{case} all | disk | 8.0 s | 16.0 s | 1.6 s | 0.50 | 1.25 | {synced}\n") == 1
+    assert text.count(f"{case} all | RAM disk | 7.0 s | 14.0 s | 1.6 s | 0.50 | 1.25 | - | - | - | - |\n") == 1
+    assert text.count(f"{case} 1 |") == 3
+    assert text.count(f"{case} all |") == 4  # phases and memory: of the disk only
     drawing = ElementTree.parse(tmp_path / "page.svg").getroot()
     assert len([e for e in drawing.iter() if e.tag.endswith("circle")]) == 3 * 3
 
@@ -187,8 +213,9 @@ def test_processor_time_of_the_processes_that_are_named() -> None:
 def test_whole_run(tmp_path: Path) -> None:
     """Two programs, once for memory and once for time; their outputs are removed."""
     command = [sys.executable, "scripts/bench.py", "run", "--work", str(tmp_path), "--shapes", "tiny"]
+    command += ["--ram-disk", str(tmp_path / "ram")]
     subprocess.run([*command, "--modes", "random", "--runs", "1", "--actors", "1"], cwd=ROOT, check=True, timeout=300)
-    (found,) = json.loads((tmp_path / "results.json").read_text())
+    found, other = json.loads((tmp_path / "results.json").read_text())
     assert (found["shape"], found["mode"], found["actors"]) == ("tiny", "random", 1)
     assert found["output_bytes"] > 50_000_000
     assert set(found["programs"]) == {"raymoe", "raw"}
@@ -196,7 +223,9 @@ def test_whole_run(tmp_path: Path) -> None:
     assert set(ours["phases"]) == {"plan", "start Ray", "start actors", "write", "finish", "stop Ray"}
     assert sum(ours["phases"].values()) == pytest.approx(ours["seconds"])
     assert ours["peak_pss"] >= ours["peak_anonymous"] > 100_000_000
-    assert not (tmp_path / "output").exists()
+    assert (found["disk"], other["disk"], other["programs"]["raymoe"]["peak_pss"]) == ("disk", "RAM disk", None)
+    assert all(each["synced_seconds"] >= each["seconds"] for each in found["programs"].values())
+    assert not (tmp_path / "output").exists() and not (tmp_path / "ram/output").exists()
 
 
 @pytest.mark.soak
