@@ -123,7 +123,7 @@ def _check_size(text: str, name: str) -> None:
             if values > _MAX_VALUES:
                 raise _too_many(name)
             if depth > _MAX_DEPTH + 1:  # the root is a level too; each makes the parser slower
-                raise _too_deep(name, event.start_mark.line + 1)
+                raise _too_deep(name, event.start_mark.line + 1 if event.start_mark else 1)
     except (yaml.YAMLError, ValueError):  # the latter for text that is no UTF-8
         pass
 
