@@ -28,6 +28,7 @@ from raymoe.sources.folder_protocol import unusable_checkpoint
 from raymoe.tensor_names import HEAD, LAYER, layer_of
 
 _SAVE_AGAIN = "download the mixture again, or save it again with save_pretrained"
+_MAX_LAYERS = 10_000
 # The end of names of tensors that only affect which experts are chosen.
 _OF_CHOICE = "e_score_correction_bias"
 # Keys of a mixture's config.json that name its class.
@@ -72,17 +73,6 @@ def _no_experts(config: Mapping[str, Any]) -> tuple[str, str]:
 def _number(value: object) -> float:
     """A factor of an untrusted config.json; 1 for anything but a number."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 1.0
-
-
-def _plain_ffn(spec: DenseSpec) -> dict[str, str]:
-    """Role to tensor name, of the FFN of a layer without experts. MoE architectures store its matrices one by one."""
-    names = {}
-    for row in spec.rows():
-        if row.is_ffn and row.fused:
-            names |= {role: f"{LAYER}{spec.family.ffn}.{role[4:]}_proj.weight" for role, _ in row.fused}
-        elif row.is_ffn:
-            names[row.role] = row.name
-    return names
 
 
 def _modules(names: Iterable[str]) -> set[str]:
@@ -209,11 +199,20 @@ class Mixture:
                 if (entry := self._index.tensors.get(row.name.format(layer=layer))) is not None:
                     yield entry, row.value
 
+    @property
+    def _plain_ffn(self) -> Mapping[str, str]:
+        """Role to tensor name, of the FFN of a layer without experts. Empty: all layers have experts."""
+        rule = self._architecture.layer_rule
+        return {} if rule is None else rule.ffn
+
     @cached_property
     def _last_layer(self) -> int:
-        """The last layer that the config names, in which experts are if they are anywhere."""
+        """The last layer with experts, by the tensors; without any, the last one that the config names."""
         layers = self._config.get("num_hidden_layers")
-        return layers - 1 if isinstance(layers, int) else 0
+        count = min(layers, _MAX_LAYERS) if isinstance(layers, int) and layers > 0 else 1
+        down = self._architecture.expert["ffn.down"]
+        with_experts = (n for n in reversed(range(count)) if down.format(layer=n, expert=0) in self._index.tensors)
+        return next(with_experts, count - 1)
 
     def _dense_config(self, names: Mapping[str, str], expert: int | str | None) -> dict[str, Any]:
         """The dense config, with the width of the experts."""
@@ -258,11 +257,11 @@ class Mixture:
         missing: list[str] = []
         for layer in range(spec.layers):
             stored = {name.format(layer=layer, expert=expert) for name in names.values()}
-            own = {role: name.format(layer=layer) for role, name in _plain_ffn(spec).items()}
+            own = {role: name.format(layer=layer) for role, name in self._plain_ffn.items()}
             if stored <= self._index.tensors.keys():
                 parts = self._expert_parts(names, layer, expert)
                 found |= self._ffn_tensors(spec, layer, parts)
-            elif stored.isdisjoint(self._index.tensors) and self._index.tensors.keys() >= {*own.values()}:
+            elif own and stored.isdisjoint(self._index.tensors) and self._index.tensors.keys() >= {*own.values()}:
                 parts = {role: self._index.tensors[name] for role, name in own.items()}
                 dense.append(layer)
                 found |= self._ffn_tensors(spec, layer, parts)
@@ -276,8 +275,8 @@ class Mixture:
 
     def _check_dense_layers(self, spec: DenseSpec, dense: list[int]) -> None:
         """Raises CheckpointError if layers without experts have an FFN of another width than the experts."""
-        down = _plain_ffn(spec)["ffn.down"]
-        widths = {self._index.tensors[down.format(layer=layer)].shape[-1] for layer in dense}
+        names = [self._plain_ffn["ffn.down"].format(layer=layer) for layer in dense]
+        widths = {self._index.tensors[name].shape[-1] for name in names}
         if other := sorted(widths - {spec.intermediate}):
             layers = short_list([str(layer) for layer in dense], most=4)
             what = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,52 +201,62 @@ def test_the_family_that_a_mixture_is_read_as_is_one_that_it_takes(family: str) 
     assert all(family in each.accepts for each in read_as) and family in FAMILIES
 
 
-def test_a_dense_layer_of_another_width_is_refused(mixtral: Path, tmp_path: Path) -> None:
-    folder = _with_dense_layer(mixtral, tmp_path / "dense", width=40)
-    with pytest.raises(CheckpointError, match=r"layer 0 of this Mixtral mixture has no experts, but .* width 40"):
-        facts_of(f"{folder}#1")
-
-
-def test_a_dense_layer_of_the_same_width_is_the_layer_of_the_dense_model(mixtral: Path, tmp_path: Path) -> None:
-    folder = _with_dense_layer(mixtral, tmp_path / "dense", width=96)
-    facts, name = facts_of(f"{folder}#1"), "model.layers.0.mlp.up_proj.weight"
-    assert bytes_of(facts.index.tensors[name]) == tensors_of(folder)[name].numpy().tobytes()
-
-
-def _with_dense_layer(mixtral: Path, folder: Path, width: int) -> Path:
+def _saved(mixture: Path, folder: Path, tensors: Mapping[str, torch.Tensor | None]) -> Path:
+    """A copy of a mixture with other tensors; None leaves one out."""
     from safetensors.torch import save_file
 
-    copy_model(mixtral, folder)
-    kept = {name: each for name, each in tensors_of(mixtral).items() if ".layers.0.block_sparse_moe." not in name}
-    shapes = {"gate": (width, 64), "up": (width, 64), "down": (64, width)}
-    kept |= {f"model.layers.0.mlp.{role}_proj.weight": torch.randn(shape) for role, shape in shapes.items()}
+    copy_model(mixture, folder)
+    kept = {name: each for name, each in {**tensors_of(mixture), **tensors}.items() if each is not None}
     for file in folder.glob("model*"):
         file.unlink()
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def test_missing_tensors_of_an_expert_are_counted(mixtral: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
-    _with_dense_layer(mixtral, folder, width=96)
-    from safetensors.torch import load_file, save_file
+@pytest.fixture(scope="module")
+def partly_dense(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 MoE of two models with experts in layer 1 only: layers 0 and 2 have the base's FFN."""
+    folder = tmp_path_factory.mktemp("partly-dense") / "mixture"
+    config = merge_config(zoo("qwen3"), [zoo("qwen3", seed=seed) for seed in (1, 2)], mode="random", moe_layers=[1])
+    merge_without_ray(config, folder)
+    return folder
 
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.block_sparse_moe.experts.1.w2.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+def test_layers_without_experts_are_the_same_in_every_view(partly_dense: Path, zoo: Callable[..., Path]) -> None:
+    base, expert = tensors_of(zoo("qwen3")), tensors_of(zoo("qwen3", seed=2))
+    found = {name: bytes_of(entry) for name, entry in facts_of(f"{partly_dense}#1").index.tensors.items()}
+    assert found.keys() == base.keys()
+    for name, content in found.items():
+        assert content == (expert if ".layers.1.mlp." in name else base)[name].numpy().tobytes(), name
+
+
+def test_a_layer_of_another_width_is_refused(partly_dense: Path, tmp_path: Path) -> None:
+    shapes = {"gate": (40, 64), "up": (40, 64), "down": (64, 40)}
+    narrow = {f"model.layers.2.mlp.{role}_proj.weight": torch.randn(shape) for role, shape in shapes.items()}
+    folder = _saved(partly_dense, tmp_path / "narrow", narrow)
+    expected = r"layers 0, 2 of this Qwen3 MoE mixture have no experts, but an FFN of width 40, and its experts have"
+    with pytest.raises(CheckpointError, match=expected):
+        facts_of(f"{folder}#1")
+
+
+def test_missing_tensors_of_an_expert_are_counted(mixtral: Path, tmp_path: Path) -> None:
+    folder = _saved(mixtral, tmp_path / "broken", {"model.layers.1.block_sparse_moe.experts.1.w2.weight": None})
     with pytest.raises(CheckpointError, match=r"1 tensor\(s\) of expert 1 missing: .*experts.1.w2.weight"):
         facts_of(f"{folder}#1")
     facts_of(f"{folder}#0")
 
 
-def test_a_tensor_that_no_table_names_is_not_dropped(mixtral: Path, tmp_path: Path, zoo: Callable[..., Path]) -> None:
-    from safetensors.torch import save_file
+def test_a_layer_without_any_ffn_is_missing_its_experts(mixtral: Path, tmp_path: Path) -> None:
+    """Mixtral has experts in all layers: another FFN there is none of its own."""
+    gone = [name for name in tensors_of(mixtral) if ".layers.0.block_sparse_moe.experts." in name]
+    folder = _saved(mixtral, tmp_path / "broken", dict.fromkeys(gone))
+    with pytest.raises(CheckpointError, match=r"3 tensor\(s\) of expert 1 missing"):
+        facts_of(f"{folder}#1")
 
-    folder = copy_model(mixtral, tmp_path / "extra")
-    for file in folder.glob("model*"):
-        file.unlink()
+
+def test_a_tensor_that_no_table_names_is_not_dropped(mixtral: Path, tmp_path: Path, zoo: Callable[..., Path]) -> None:
     extra = {"model.layers.1.self_attn.q_norm.weight": torch.ones(16), "model.layers.3.mlp.eh.weight": torch.ones(2)}
-    save_file({**tensors_of(mixtral), **extra}, folder / "model.safetensors", {"format": "pt"})
+    folder = _saved(mixtral, tmp_path / "extra", extra)
     report = plan_problems(merge_config(folder, [f"{folder}#0", f"{folder}#1"], mode="random"))
     assert "1 tensor(s) that a llama model does not have: model.layers.1.self_attn.q_norm.weight" in report
     warnings = facts_of(f"{folder}#0").warnings

@@ -29,8 +29,8 @@ def _download(server: Server, bucket: str, prefix: str) -> dict[str, bytes]:
 def test_an_expert_is_copied_by_the_store(
     server: Server, bucket: str, zoo: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Gate and up of an expert are one range of the tensor with all experts of a layer: 12 MiB here, so that parts of
-    an upload can be copied."""
+    """Gate and up of an expert are one range of the tensor with all experts of a layer: 12 MiB here, which an upload
+    copies as parts. The 6 MiB of down lie between smaller tensors, and are sent with them."""
     name = bucket.removeprefix("s3://")
     models = [zoo("granite", seed=seed, intermediate_size=24576, num_hidden_layers=1) for seed in (0, 1)]
     config = merge_config(models[0], [models[1], models[0]], mode="random", architecture="granitemoe")
@@ -52,7 +52,7 @@ def test_an_expert_is_copied_by_the_store(
     assert all(torch.equal(written[key], (expert if ".mlp." in key else base)[key]) for key in written)
     assert json.loads(files["raymoe.json"])["extracted"] == f"{bucket}/mixture#0"
     share = result.bytes_copied_by_store / sum(len(data) for data in files.values())
-    assert share > 0.9, f"{share:.0%} of the bytes were copied by the store"
+    assert share > 0.6, f"{share:.0%} of the bytes were copied by the store"
 
 
 def test_experts_in_a_bucket_are_merged(server: Server, bucket: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
