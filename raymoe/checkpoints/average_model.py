@@ -69,6 +69,8 @@ def _find_obstacle(model: CheckpointModel, layout: CheckpointModel) -> str | Non
     """Why a model can't be averaged in the other one's layout; None if it can."""
     if model.spec.model_type != layout.spec.model_type:
         return f"it is a {model.spec.model_type} model"
+    if model.head_permutation != layout.head_permutation:
+        return "only one of them has the rows of its heads in the order of a mixture"
     if model.spec.layers != layout.spec.layers:
         return f"it has {model.spec.layers} layers, and not {layout.spec.layers}"
     if lone := sorted((model.weights.keys() ^ layout.weights.keys()) - {HEAD}):

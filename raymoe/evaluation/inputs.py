@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from raymoe.architectures.mixture_config import is_mixture
 from raymoe.checkpoints.average_model import average_model
-from raymoe.checkpoints.weight_table import CheckpointModel, dense_model
+from raymoe.checkpoints.weight_table import CheckpointModel, dense_model, mixture_model
 from raymoe.errors import ProblemCollector, ProblemReport
 from raymoe.evaluation.dataset import (
     LabeledText,
@@ -30,6 +31,7 @@ from raymoe.evaluation.finished_merge import (
 )
 from raymoe.evaluation.models import check_tokens, models_for_tokens, open_further_models
 from raymoe.evaluation.options import EvaluationOptions, option_problems, top_k_problems
+from raymoe.gate_modes import DEFAULT_MODE, MODES
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.sources.facts import ModelFacts
@@ -87,6 +89,9 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     warnings += _add_average(models, names, wanted, options, collector)
     further = open_further_models(options.models, options, merge.config.storage, collector)
     hidden = None
+    if "hidden" in wanted and options.named is None and _lacks_reader(merge, (sources or {}).get(BASE)):
+        wanted.remove("hidden")
+        warnings.append("not compared with gate mode hidden: the base is a mixture, of which only the backbone is used")
     if sources is not None and "hidden" in wanted:
         hidden = collector.run(plan_hidden, merge, wanted, options)
     tokenizer = collector.run(open_tokenizer, merge, options)
@@ -110,6 +115,12 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     )
 
 
+def _lacks_reader(merge: EvaluatedMerge, base: ModelFacts | None) -> bool:
+    """Whether gate mode hidden would read prompts with the backbone of a mixture, which has no FFNs."""
+    reader = merge.config.prompt_model or MODES[DEFAULT_MODE].default_prompt_model
+    return base is not None and is_mixture(base.config) and reader == "base"
+
+
 def _open_sources(
     sources: Mapping[Owner, ModelFacts], names: Sequence[str], wanted: Sequence[str], collector: ProblemCollector
 ) -> dict[str, CheckpointModel]:
@@ -120,7 +131,11 @@ def _open_sources(
     found = {}
     for name, owner in owners.items():
         if owner in sources:
-            model = collector.run(dense_model, sources[owner], str(owner))
+            facts = sources[owner]
+            if is_mixture(facts.config):  # the base: of experts, one is named
+                model = collector.run(mixture_model, facts)
+            else:
+                model = collector.run(dense_model, facts, str(owner))
             if model is not None:
                 found[name] = model
     return found
