@@ -5,6 +5,7 @@
     raymoe.plan("config.yaml")
     raymoe.merge("config.yaml", "out", overwrite=True)
     raymoe.verify("out").ok
+    raymoe.edit("out", "out-2", add=["org/law"], remove=[3])
     raymoe.generate("out", "func main() {")["answers"]
     raymoe.evaluate("out", "held-out.jsonl")["loss"]
     raymoe.push("out", "org/name", private=True)
@@ -26,6 +27,7 @@ from raymoe._version import __version__
 if TYPE_CHECKING:
     from raymoe.api import (
         archs,
+        edit,
         evaluate,
         extract,
         generate,
@@ -66,6 +68,7 @@ __all__ = [
     "Verification",
     "__version__",
     "archs",
+    "edit",
     "evaluate",
     "extract",
     "generate",
@@ -82,6 +85,7 @@ __all__ = [
 _HOMES = {
     "raymoe.api": (
         "archs",
+        "edit",
         "evaluate",
         "extract",
         "generate",

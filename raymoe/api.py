@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from raymoe.arguments import ConfigKeys
+    from raymoe.editing import Translation
     from raymoe.evaluation.options import EvaluationOptions, GenerationOptions
     from raymoe.export.gguf import GgufFile
     from raymoe.publish.repository import PushTarget
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "archs",
+    "edit",
     "evaluate",
     "extract",
     "generate",
@@ -260,6 +262,133 @@ def merge(
         if target is None:
             return run_merge(description.plan, description, out, settings, told, kept)
         return _merge_and_push(description, out, target, settings, told, kept)
+
+
+def edit(
+    old: str | Path,
+    out: str | Path,
+    *,
+    add: Sequence[str | Mapping[str, Any]] = (),
+    remove: Sequence[int] = (),
+    replace: Mapping[int, str | Mapping[str, Any]] | Sequence[str] = (),
+    prompts: Mapping[int, Any] | Sequence[str] = (),
+    keep_routers: bool = False,
+    keep_backbone: bool = False,
+    base_model: str | None = None,
+    gate_mode: str | None = None,
+    experts_per_token: int | None = None,
+    trust_record: bool = False,
+    write_model_card: bool = True,
+    trust_remote_code: bool = False,
+    transformers_cache: str | None = None,
+    overwrite: bool = False,
+    address: str | None = None,
+    gpus_per_expert: float | None = None,
+    actors: int | None = None,
+    device: str | None = None,
+    stall_timeout: float = 20,
+    keep_uploads: bool = False,
+    verbose: int = 0,
+    quiet: bool = True,
+    result: str | None = None,
+    settings: RuntimeSettings | None = None,
+    report: RunReport | None = None,
+    storage: StorageOptions | None = None,
+    on_translated: Callable[[Translation], None] | None = None,
+) -> MergeResult:
+    """Add, remove or replace experts of a mixture: writes the mixture that results to `out`.
+
+    The result equals, byte for byte, the merge that would have made it of the sources. An edit that was interrupted
+    resumes with the same call. Numbers are those that experts have in `old`, from 0.
+
+    Args:
+        old: Folder, URL or Hub id of a mixture.
+        out: Folder or URL for the edited mixture.
+        add: Models, or entries of a config's `experts` with their prompts.
+        remove: Experts to drop.
+        replace: Models or entries by the number of the expert whose place they take. Without prompts of their own, they
+            have those of that expert. Or "NUMBER=MODEL" texts.
+        prompts: Files of prompts: "NUMBER=FILE" for an expert of `old`, the others for added models in their order. Or
+            what a config has as `positive_prompts`, by number.
+        keep_routers: Experts that stay keep their router rows; the others' are scaled to them.
+        keep_backbone: Keep the backbone of `old`, also if it was merged from experts that change.
+        base_model: The dense base model, if that of the record is gone.
+        gate_mode: Another gate mode than that of the record.
+        experts_per_token: Another number of experts for a token.
+        trust_record: Use the S3 endpoint and profile in the record of `old`. By default those of the environment.
+        write_model_card: Write a README.md.
+        trust_remote_code: Allow a tokenizer's own code to run.
+        transformers_cache: Folder for models downloaded from the Hub.
+        overwrite: Replace the merge that is in `out`.
+        address: Ray cluster. By default RAY_ADDRESS, else one is started here.
+        gpus_per_expert: GPUs per expert actor, fractions too.
+        actors: Most expert actors at once.
+        device: "cpu" or "cuda": where gates are computed. By default on GPUs, if Ray has any.
+        stall_timeout: Minutes without any progress after which a job is given to another actor.
+        keep_uploads: If the edit stops, keep the uploaded parts of unfinished shards in S3 for the run that resumes it.
+        verbose: 1 prints more, 2 also prints Ray's own logs; both show progress.
+        quiet: Show no progress.
+        result: File or URL for phases, bytes, retries and memory, also if the edit fails. By default none is written.
+        settings: The arguments from `trust_remote_code` to `quiet` as one value.
+        report: Collects phases, bytes and retries of the run.
+        storage: How object stores are reached. By default as set in the environment.
+        on_translated: Called with the merge that the edit is, before it is planned.
+
+    Returns:
+        The files, warnings, bytes, memory and time, as of `merge`.
+
+    Raises:
+        ProblemReport: Before anything is written, with everything that is wrong.
+        MergeFailed: If writing had begun.
+
+    Example:
+        >>> raymoe.edit("out", "out-2", add=["org/law"], prompts=["law.jsonl"], remove=[3])
+    """
+    from dataclasses import replace as replace_fields
+
+    from raymoe.editing import check_plan_of_edit, make_request, translate_edit
+    from raymoe.report.merge_description import MergeDescription
+    from raymoe.runtime.coordinator import run_merge
+    from raymoe.runtime.run_report import RunReport, record_run
+
+    if result is not None and report is not None:
+        raise TypeError("edit() takes result or report: a report is written by the caller")
+    settings = runtime_settings(
+        settings,
+        trust_remote_code=trust_remote_code,
+        transformers_cache=transformers_cache,
+        overwrite=overwrite,
+        address=address,
+        gpus_per_expert=gpus_per_expert,
+        actors=actors,
+        device=device,
+        stall_timeout=stall_timeout,
+        keep_uploads=keep_uploads,
+        verbose=verbose,
+        quiet=quiet,
+    )
+    with record_run(result, out) if result is not None else nullcontext(report or RunReport()) as told:
+        request = make_request(
+            add=add,
+            remove=remove,
+            replace=replace,
+            prompts=prompts,
+            keep_routers=keep_routers,
+            keep_backbone=keep_backbone,
+            base_model=base_model,
+            gate_mode=gate_mode,
+            experts_per_token=experts_per_token,
+        )
+        translation = translate_edit(str(old), request, settings.hub, storage, trust_record=trust_record)
+        if on_translated is not None:
+            on_translated(translation)
+        config, options = translation.config, replace_fields(translation.options, model_card=write_model_card)
+        settings = replace_fields(settings, storage=config.storage, inputs=input_paths(config, None, settings.inputs))
+        kept = _kept_reads(out, settings)
+        merge_plan = _plan_for_output(config, out, options, settings, told, kept, allow_all_same=False)
+        check_plan_of_edit(translation, merge_plan, settings.hub)
+        description = MergeDescription(plan=merge_plan, config=config, hub=settings.hub, edit=translation.edit)
+        return run_merge(merge_plan, description, out, settings, told, kept)
 
 
 def merge_and_push(

@@ -323,7 +323,7 @@ def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOpt
         rows, _ = compute_routers_locally(plan.gates, reader, device="cpu")
         for shard in plan.shards:
             with open(folder / shard.file_name, "wb") as file:
-                for chunk in shard_chunks(shard, reader, router_bytes(plan.gates, rows)):
+                for chunk in shard_chunks(shard, reader, router_bytes(plan.gates, rows, reader)):
                     file.write(chunk)
     (folder / "config.json").write_text(json.dumps(plan.config))
     (folder / INDEX_NAME).write_text(json.dumps(plan.index))

@@ -16,8 +16,10 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from raymoe._version import __version__
+from raymoe.checkpoints.edit_record import Edit
 from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.config import MergeConfig
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import short_list
 from raymoe.object_store.location import Location, LocationKind
@@ -44,7 +46,11 @@ _T = TypeVar("_T")
 
 
 def merge_record(
-    plan: MergePlan, config: MergeConfig, files: Sequence[FileRecord], summary: RouterSummary | None
+    plan: MergePlan,
+    config: MergeConfig,
+    files: Sequence[FileRecord],
+    summary: RouterSummary | None,
+    edit: Edit | None = None,
 ) -> dict[str, Any]:
     """The record's content. `options` are the settings besides the config that determine the output's bytes."""
     return {
@@ -54,6 +60,7 @@ def merge_record(
         "parameters": plan.totals.parameters,
         "active_parameters": plan.totals.active_parameters,
         "config": config.to_plain(),
+        **({"edit": edit.plain()} if edit is not None else {}),
         "prompt_files": prompt_records(plan, config),
         "routers": summary.plain() if summary else None,
         # Written only for strict merges, so that records of other merges do not change.
@@ -252,12 +259,21 @@ def _recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
     for kind, key in CONFIG_KEYS.items():
         config[key] = [dict(expert) for expert in config.get(key) or ()]
         members |= {str(Owner(kind, number)): expert for number, expert in enumerate(config[key])}
+    kept = config.get("keep_routers")
     for owner, expert in members.items():
+        if kept is not None and parse_model_ref(expert["source_model"]).model == parse_model_ref(kept).model:
+            config["keep_routers"] = _mixture_of(models[owner])
         expert["source_model"] = models[owner]
     for file in record.get("prompt_files", ()):
         expert = members[file["owner"]]
         expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
     return config
+
+
+def _mixture_of(label: str) -> dict[str, Any]:
+    """The mixture of an expert that is named so in a record."""
+    mixture = parse_model_ref(label).model
+    return {"model": {"path": mixture.path, "revision": mixture.revision}}
 
 
 def with_own_storage(

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeArgs(PlanArgs):
-    """All options of `raymoe merge`, which are also those of the job of `raymoe submit`."""
+class RunArgs:
+    """Options of how a merge runs, and of what it writes beside the weights."""
 
     trust_remote_code: TrustRemoteCode = False
     transformers_cache: TransformersCache = None
@@ -62,20 +62,9 @@ class MergeArgs(PlanArgs):
             help="Where to write phases, bytes, retries, memory; also if the merge fails. Default: OUT/result.json.",
         ),
     ] = None
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option("--push-to-hub", metavar="ORG/NAME", help="Publish the merge on the Hugging Face Hub."),
-    ] = None
-    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False
-    branch: Annotated[
-        str | None, typer.Option("--branch", "--revision", help="With --push-to-hub: its branch. Default: main.")
-    ] = None
-    message: Annotated[
-        str | None, typer.Option("--message", "-m", help="With --push-to-hub: first line of the commit.")
-    ] = None
 
-    def settings(self, config: Path) -> RuntimeSettings:
-        """How the merge of this config file runs. Raises ProblemReport."""
+    def settings(self, config: Path | None = None) -> RuntimeSettings:
+        """How the merge of this config file, or of a config without a file, runs. Raises ProblemReport."""
         from raymoe.runtime.settings import RuntimeSettings
         from raymoe.sources.hub import HubOptions
         from raymoe.storage.locations import Inputs
@@ -91,8 +80,25 @@ class MergeArgs(PlanArgs):
             stall_timeout_s=60 * self.stall_timeout,
             keep_uploads=self.keep_uploads,
             hub=HubOptions(cache_dir=self.transformers_cache),
-            inputs=Inputs(files=(("the config", os.path.abspath(config)),)),
+            inputs=Inputs(files=(("the config", os.path.abspath(config)),) if config is not None else ()),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeArgs(RunArgs, PlanArgs):
+    """All options of `raymoe merge`, which are also those of the job of `raymoe submit`."""
+
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="ORG/NAME", help="Publish the merge on the Hugging Face Hub."),
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False
+    branch: Annotated[
+        str | None, typer.Option("--branch", "--revision", help="With --push-to-hub: its branch. Default: main.")
+    ] = None
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="With --push-to-hub: first line of the commit.")
+    ] = None
 
     def push_target(self) -> PushTarget | None:
         """Where the merge is published; None if it is not. Raises ProblemReport."""

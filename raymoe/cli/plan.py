@@ -12,10 +12,14 @@ from raymoe.cli.option_groups import expand_groups
 from raymoe.cli.shared_options import ConfigPath, PlanArgs, TransformersCache
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from raymoe.config import MergeConfig
     from raymoe.errors import Problem
     from raymoe.planning.plan import MergePlan
     from raymoe.report.plan_report import PlannedOutput
     from raymoe.runtime.settings import RuntimeSettings
+    from raymoe.sources.hub import HubOptions
 
 
 @app.command()
@@ -39,12 +43,8 @@ def plan(
     """
     from raymoe.config import config_warnings, load_config, storage_note
     from raymoe.console import say
-    from raymoe.errors import ProblemReport
     from raymoe.planning.plan_merge import plan_merge
-    from raymoe.report.plan_report import print_plan
-    from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.hub import HubOptions
-    from raymoe.storage.locations import input_paths
 
     options = args.merge_options()
     merge_config = load_config(config, allow_all_same=args.all_same)
@@ -54,10 +54,24 @@ def plan(
         say(f"note: {note}")
     hub = HubOptions(cache_dir=transformers_cache)
     merge_plan = plan_merge(merge_config, options, hub=hub, allow_all_same=args.all_same)
-    inputs = input_paths(merge_config, config)
-    settings = RuntimeSettings(hub=hub, storage=merge_config.storage, inputs=inputs)
-    planned = _planned_output(merge_plan, output, settings)
-    print_plan(merge_plan, planned, hub, as_json=as_json)
+    show_plan(merge_plan, merge_config, config, output, hub, as_json=as_json)
+
+
+def show_plan(
+    plan: MergePlan, config: MergeConfig, file: Path | None, output: str | None, hub: HubOptions, *, as_json: bool
+) -> None:
+    """Print a plan, and what a merge would find in its output location. Ends the command if it can't be written.
+
+    `file` is the config's file; None if it has none.
+    """
+    from raymoe.errors import ProblemReport
+    from raymoe.report.plan_report import print_plan
+    from raymoe.runtime.settings import RuntimeSettings
+    from raymoe.storage.locations import input_paths
+
+    settings = RuntimeSettings(hub=hub, storage=config.storage, inputs=input_paths(config, file))
+    planned = _planned_output(plan, output, settings)
+    print_plan(plan, planned, hub, as_json=as_json)
     if planned is not None and planned.problems:
         raise typer.Exit(ProblemReport.exit_code)
 

@@ -50,6 +50,7 @@ def find_invalid(config: MergeConfig, *, allow_all_same: bool, unread: Collectio
         *_shared_prompt_findings(checked),
         *_identical_prompt_findings(checked),
         *_backbone_findings(checked),
+        *_kept_router_findings(checked),
     ]
     if not allow_all_same:
         found += _all_same_findings(checked)
@@ -109,7 +110,7 @@ def _prompt_findings(checked: _ReadConfig) -> _Findings:
         return
     for index, expert in enumerate(config.experts):
         loc: Loc = ("experts", index, "positive_prompts")
-        if checked.has(loc) and _lacks_gate_prompts(config, expert):
+        if config.needs_prompts_of(expert) and checked.has(loc) and _lacks_gate_prompts(config, expert):
             what = "has only blank prompts" if expert.positive_prompts else "has no prompts"
             yield (
                 loc,
@@ -157,6 +158,28 @@ def _identical_prompt_findings(checked: _ReadConfig) -> _Findings:
 
 def _prompts_of(config: MergeConfig, expert: ExpertConfig) -> tuple[object, ...]:
     return expert.positive_prompts, expert.negative_prompts, config.uses_chat_template(expert)
+
+
+def _kept_router_findings(checked: _ReadConfig) -> _Findings:
+    config = checked.config
+    if config.keep_routers is None or not checked.has(("keep_routers",), ("experts",), ("shared_experts",)):
+        return
+    if config.keep_routers.expert is not None or config.keep_routers.adapter is not None:
+        yield (
+            ("keep_routers",),
+            "it names more than a mixture",
+            "name the mixture itself, without an expert or an adapter",
+        )
+    elif not any(map(config.keeps_row, config.experts)):
+        what = f"no expert is one of {config.keep_routers}"
+        yield ("keep_routers",), what, "write source_model with this mixture and expert: 0, or remove the key"
+    if config.granularity > 1:
+        what = "with granularity, each expert has several rows"
+        yield ("keep_routers",), what, "remove granularity, or keep_routers"
+    prompted = any(expert.positive_prompts or expert.negative_prompts for expert in config.shared_experts)
+    if prompted and MODES[config.gate_mode].needs_prompts and not config.keeps_shared_gate:
+        what = "the gate of the shared experts would be computed from prompts, in another scale than the rows that stay"
+        yield ("keep_routers",), what, "remove the prompts of the shared experts, or keep_routers"
 
 
 def _backbone_findings(checked: _ReadConfig) -> _Findings:

@@ -26,7 +26,7 @@ from raymoe.config.coerce import (
     parse_text,
     value_error,
 )
-from raymoe.config.model_refs import ModelRef, parse_expert, parse_model_ref, with_expert
+from raymoe.config.model_refs import SHARED_EXPERT, ModelRef, parse_expert, parse_model_ref, with_expert
 from raymoe.config.prompt_sources import PromptFile, Prompts
 from raymoe.config.source_positions import Loc, short_repr, short_text, yaml_kind
 from raymoe.config.start_keys import (
@@ -175,6 +175,11 @@ def _parse_storage(value: Any) -> StorageOptions:
 
 
 Model = Annotated[ModelRef, PlainValidator(_parse_ref), PlainSerializer(_plain_ref)]
+OptionalModel = Annotated[
+    ModelRef | None,
+    PlainValidator(optional(_parse_ref)),
+    PlainSerializer(lambda ref: None if ref is None else _plain_ref(ref)),
+]
 
 
 class ExpertConfig(BaseModel):
@@ -204,12 +209,12 @@ class MergeConfig(BaseModel):
     """A whole merge config. Each value is valid by itself; `check_config` checks that they fit together.
 
     `dtype` is what the weights are stored in (`None`: what the base model's config names). `engines`, `prompt_model`,
-    `chat_template`, `modality`, `backbone`, `granularity`, `reinit`, `moe_layers` and `storage` are raymoe's own keys:
-    which engines must compute the output right; which model reads the prompts (`None`: the gate mode's default);
-    whether it reads them as a user turn of its chat template; whether the output reads images (`None`: if its base does
-    and there is a MoE architecture with its encoder); how attention, norms and embeddings are made; in how many experts
-    each FFN is cut; which share of its channels is drawn anew; which layers have experts; and how object stores are
-    reached.
+    `chat_template`, `modality`, `backbone`, `granularity`, `reinit`, `moe_layers`, `keep_routers` and `storage` are
+    raymoe's own keys: which engines must compute the output right; which model reads the prompts (`None`: the gate
+    mode's default); whether it reads them as a user turn of its chat template; whether the output reads images (`None`:
+    if its base does and there is a MoE architecture with its encoder); how attention, norms and embeddings are made; in
+    how many experts each FFN is cut; which share of its channels is drawn anew; which layers have experts; the mixture
+    whose experts keep their router rows; and how object stores are reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -233,6 +238,7 @@ class MergeConfig(BaseModel):
     moe_layers: Annotated[
         MoeLayers, PlainValidator(optional(parse_moe_layers, ALL_LAYERS)), PlainSerializer(plain_moe_layers)
     ] = ALL_LAYERS
+    keep_routers: OptionalModel = None
     storage: Annotated[StorageOptions, PlainValidator(_parse_storage), PlainSerializer(plain_storage)] = (
         StorageOptions()
     )
@@ -250,7 +256,36 @@ class MergeConfig(BaseModel):
     @property
     def needs_prompts(self) -> bool:
         """Whether the router is computed from the experts' prompts."""
-        return MODES[self.gate_mode].needs_prompts
+        return MODES[self.gate_mode].needs_prompts and not self.keeps_all_rows
+
+    @property
+    def keeps_all_rows(self) -> bool:
+        """Whether no router row is computed: all experts keep those of their mixture."""
+        return bool(self.experts) and all(map(self.keeps_row, self.experts))
+
+    def keeps_row(self, expert: ExpertConfig) -> bool:
+        """Whether an expert keeps its router row: it is an expert of the mixture that `keep_routers` names."""
+        ref = expert.source_model
+        is_kept = self.keep_routers is not None and ref.model == self.keep_routers.model
+        return is_kept and ref.adapter is None and isinstance(ref.expert, int)
+
+    @property
+    def keeps_shared_gate(self) -> bool:
+        """Whether the shared expert is that of the mixture that `keep_routers` names, and keeps its gate."""
+        if self.keep_routers is None or len(self.shared_experts) != 1:
+            return False
+        ref = self.shared_experts[0].source_model
+        return ref.model == self.keep_routers.model and ref.adapter is None and ref.expert == SHARED_EXPERT
+
+    @property
+    def reads_shared_prompts(self) -> bool:
+        """Whether the gate of the shared experts is computed from their prompts, if they have any."""
+        return self.needs_prompts and not self.keeps_shared_gate
+
+    def needs_prompts_of(self, expert: ExpertConfig) -> bool:
+        """Whether rows are computed from the prompts of one of the `experts`. A mode that fits all rows together needs
+        those of experts that keep their rows too."""
+        return self.needs_prompts and (MODES[self.gate_mode].fits_together or not self.keeps_row(expert))
 
     @property
     def reads_prompts(self) -> bool:
@@ -275,13 +310,14 @@ class MergeConfig(BaseModel):
             for experts in _EXPERTS
             for number, expert in enumerate(getattr(self, experts))
             for key in _PROMPTS
-            if self._reads(experts, key) and isinstance(prompts := getattr(expert, key), PromptFile)
+            if self._reads(experts, key, expert) and isinstance(prompts := getattr(expert, key), PromptFile)
         }
 
-    def _reads(self, experts: str, key: str) -> bool:
+    def _reads(self, experts: str, key: str, expert: ExpertConfig) -> bool:
         """Whether anything is computed from these prompts. The backbone needs the experts' positive ones."""
         is_of_backbone = (experts, key) == ("experts", "positive_prompts")
-        return self.needs_prompts or (self.backbone.needs_prompts and is_of_backbone)
+        is_of_gates = self.needs_prompts_of(expert) if experts == "experts" else self.reads_shared_prompts
+        return is_of_gates or (self.backbone.needs_prompts and is_of_backbone)
 
     def with_prompts(self, texts: Mapping[Loc, tuple[str, ...]]) -> MergeConfig:
         """This config with the prompts at the locations of `texts` replaced."""
@@ -296,7 +332,9 @@ class MergeConfig(BaseModel):
 
     def to_plain(self) -> dict[str, Any]:
         """All keys, defaults included, as values that JSON has. Equal configs give equal results."""
-        return self.model_dump(mode="json")
+        plain = self.model_dump(mode="json")
+        # Written only where it is set, so that the records of other merges do not change.
+        return {key: value for key, value in plain.items() if key != "keep_routers" or value is not None}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> MergeConfig:

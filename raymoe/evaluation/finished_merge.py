@@ -147,7 +147,7 @@ def without_comparisons(remedy: str, wanted: Sequence[str], without: set[str]) -
 
 def plan_hidden(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> MergePlan:
     """The plan of this merge with gate mode `hidden`, the default. Raises ProblemReport if it can't be computed."""
-    config = merge.config.model_copy(update={"gate_mode": DEFAULT_MODE})
+    config = merge.config.model_copy(update={"gate_mode": DEFAULT_MODE, "keep_routers": None})
     merge_options = replace(merge.options, quantize_gates=None)
     try:
         return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True)

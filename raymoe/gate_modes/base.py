@@ -44,6 +44,8 @@ class GateMode:
     sums_layer_inputs: ClassVar[bool] = False
     """Whether `prompt_vectors` of each layer's input are summed. Then the last layer is not run, since its input is
     enough. Otherwise rows are fitted to states as each router sees them: the last layer is run up to its FFN."""
+    fits_together: ClassVar[bool] = False
+    """Whether an expert's row depends on the prompts of the others."""
     max_tokens: ClassVar[int] = 0
     """How many tokens' states are kept at each layer, for all experts' prompts together."""
     has_directions: ClassVar[bool] = False

@@ -6,7 +6,7 @@ Every problem that configs and headers can show is collected and raised once, as
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -39,7 +39,7 @@ from raymoe.planning.engine_checks import engine_requirement, engine_warnings, m
 from raymoe.planning.invariants import check_plan
 from raymoe.planning.modality import choose_wrapper, in_wrapper, wrap_tensors
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, CONFIG_KEYS, ROUTER, Owner
-from raymoe.planning.plan import GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
+from raymoe.planning.plan import GatePlan, GatePrompts, KeptRows, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.planning.prompt_checks import prompt_warnings
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.planning.tensor_sources import (
@@ -55,7 +55,7 @@ from raymoe.planning.tensor_sources import (
 )
 from raymoe.planning.totals import compute_totals
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_dtype
-from raymoe.sources.facts import ModelFacts, SideFile
+from raymoe.sources.facts import ModelFacts, SideFile, slice_rows
 from raymoe.sources.folder_protocol import PROCESSOR_FILES, has_vocabulary, matches
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 from raymoe.tensor_names import HEAD, layer_of
@@ -150,6 +150,8 @@ def build_plan(
     if options.strict:
         for where, what in find_non_finite({"base_model": base_facts, **{_expert_key(m): m.facts for m in members}}):
             problems.append(Problem(where=where, what=f"{what}, which --strict refuses", remedy=_FINITE_REMEDY))
+    if selection.architecture is not None:
+        problems += _kept_router_problems(config, members, selection.architecture, base, moe)
     wrapper, modality_problems = choose_wrapper(config.modality, base_facts, selection.architecture)
     problems = list(dict.fromkeys([*problems, *modality_problems]))
     if problems or selection.architecture is None:
@@ -172,7 +174,8 @@ def _tokenizer_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
 
 def _prompt_model_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
     """Whether the base has FFNs, if prompts pass its layers."""
-    if base.has_ffn or base.mixture is None or not MODES[config.gate_mode].needs_forward_pass:
+    is_read = config.needs_prompts and MODES[config.gate_mode].needs_forward_pass
+    if base.has_ffn or base.mixture is None or not is_read:
         return []
     if _prompt_model(config) != "base":
         return []
@@ -281,7 +284,7 @@ def _moe_shape(config: MergeConfig, base: DenseSpec, moe_layers: Sequence[int]) 
         experts_per_token=config.experts_per_token * config.granularity,
         shared=len(config.shared_experts),
         shared_has_prompts=any(e.positive_prompts or e.negative_prompts for e in config.shared_experts),
-        needs_prompts=MODES[config.gate_mode].needs_prompts,
+        needs_prompts=config.reads_shared_prompts,
         granularity=config.granularity,
         dense_layers=tuple(layer for layer in range(base.layers) if layer not in moe_layers),
     )
@@ -463,20 +466,23 @@ def _gate_plan(
         return {name: ref for name, ref in weights.items() if is_needed(name)}
 
     # The base as the merge uses it.
-    base_weights = needed(weight_refs(base_facts, base, backbone.refs)) if mode.needs_prompts else {}
+    base_weights = needed(weight_refs(base_facts, base, backbone.refs)) if config.needs_prompts else {}
 
     def prompts(member: Member) -> GatePrompts:
         expert: ExpertConfig = member.config
         model_config, weights = base_facts.config, base_weights
-        if mode.needs_prompts and prompt_model == "expert" and mode.needs_forward_pass:
+        is_read = config.reads_shared_prompts if member.is_shared else config.needs_prompts_of(expert)
+        if not is_read:
+            weights = {}
+        elif prompt_model == "expert" and mode.needs_forward_pass:
             weights, model_config = needed(weight_refs(member.facts, member.spec)), member.facts.config
-        elif mode.needs_prompts and prompt_model == "grafted":
+        elif prompt_model == "grafted":
             weights = graft_ffn(base_weights, base, moe, member, is_needed)
         return GatePrompts(
             owner=member.owner,
-            positive=expand_prompts(expert.positive_prompts) if mode.needs_prompts else (),
-            negative=expand_prompts(expert.negative_prompts) if mode.needs_prompts else (),
-            chat_template=mode.needs_prompts and config.uses_chat_template(expert),
+            positive=expand_prompts(expert.positive_prompts) if is_read else (),
+            negative=expand_prompts(expert.negative_prompts) if is_read else (),
+            chat_template=is_read and config.uses_chat_template(expert),
             config=model_config,
             weights=weights,
         )
@@ -496,7 +502,52 @@ def _gate_plan(
         vocab=base.vocab,
         seed=options.seed,
         quantize=options.quantize_gates,
+        kept=_kept_rows(config, members),
     )
+
+
+def _kept_rows(config: MergeConfig, members: Sequence[Member]) -> tuple[KeptRows, ...] | None:
+    """The router rows of the experts that keep them; None if the config keeps none."""
+    if config.keep_routers is None:
+        return None
+    kept = []
+    for member in members:
+        number, mixture = member.config.source_model.expert, member.facts.mixture
+        if mixture is None:
+            continue
+        if not member.is_shared and config.keeps_row(member.config) and isinstance(number, int):
+            rows = tuple(slice_rows(router, number, number + 1) for _, router in sorted(mixture.routers.items()))
+            kept.append(KeptRows(owner=member.owner, layers=rows))
+        elif member.is_shared and config.keeps_shared_gate and mixture.shared_routers:
+            gates = tuple(gate for _, gate in sorted(mixture.shared_routers.items()))
+            kept.append(KeptRows(owner=ALL_SHARED, layers=gates))
+    return tuple(kept)
+
+
+def _kept_router_problems(
+    config: MergeConfig, members: Sequence[Member], architecture: MoeArchitecture, base: DenseSpec, moe: MoeShape
+) -> Iterator[Problem]:
+    """Whether the rows that are kept mean the same in the output's architecture."""
+    layers = set(range(base.layers)).difference(moe.dense_layers)
+    if architecture.shared_router and config.keep_routers and config.shared_experts and not config.keeps_shared_gate:
+        what = f"the shared experts of a {architecture.title} mixture have a gate, which is not kept"
+        remedy = "take the shared expert of that mixture (expert: shared), or remove keep_routers"
+        yield Problem(where="keep_routers", what=what, remedy=remedy)
+    for member in members:
+        mixture = member.facts.mixture
+        if member.is_shared or not config.keeps_row(member.config) or mixture is None:
+            continue
+        where = f"keep_routers ({member.facts.label})"
+        if mixture.architecture != architecture.name:
+            what = f"it is a {mixture.title}, and the output is a {architecture.title} mixture, whose routers differ"
+            yield Problem(
+                where=where, what=what, remedy=f"write architecture: {mixture.architecture}, or remove keep_routers"
+            )
+        elif mixture.routers.keys() != layers or any(
+            router.shape != (mixture.experts, base.hidden) for router in mixture.routers.values()
+        ):
+            what = "its routers are not one matrix of (experts, hidden) for each layer with experts"
+            yield Problem(where=where, what=what, remedy="remove keep_routers, so that routers are computed")
 
 
 def travels_with_text(file: SideFile, *, copy_tokenizer: bool) -> bool:

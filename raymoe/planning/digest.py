@@ -27,7 +27,7 @@ _DIGEST_NAMES = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantiz
 _LEFT_OUT_IF_NONE = frozenset(
     [
         *("whole", "magnitude", "heads", "content", "combined", "factor", "moments"),
-        *("inverse", "router_layers", "columns", "reinit", "repeat"),
+        *("inverse", "router_layers", "columns", "reinit", "repeat", "kept"),
     ]
 )
 # The text of a plan with 200,000 tensors has hundreds of megabytes. It is hashed in pieces by its outer levels: shard

@@ -389,11 +389,22 @@ class MomentPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRows:
+    """The router rows that an expert of a mixture keeps: for each layer its row there, (1, hidden). Under `ALL_SHARED`,
+    the gate of the shared experts."""
+
+    owner: Owner
+    layers: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatePlan:
     """How the router rows are made: one `GatePrompts` per expert, then one per shared expert with a gate.
 
     `layers` is the number of layers up to the last one with a router, which prompts pass; `router_layers` are those
     with a router, if not all of them have one (`layers_with_router`).
+    `kept`: rows that are taken from a mixture, as they are there; the others are scaled to their mean length
+    (`routers.kept_rows`). None: no rows are.
     """
 
     mode: str
@@ -406,6 +417,7 @@ class GatePlan:
     vocab: int
     seed: int
     quantize: str | None
+    kept: tuple[KeptRows, ...] | None = None
     router_layers: tuple[int, ...] | None = None
 
     @property
@@ -415,8 +427,8 @@ class GatePlan:
 
     @property
     def needs_prompts(self) -> bool:
-        """Whether the mode computes rows from prompts."""
-        return MODES[self.mode].needs_prompts
+        """Whether rows are computed from prompts."""
+        return MODES[self.mode].needs_prompts and not self.keeps_all
 
     @property
     def needs_text(self) -> bool:
@@ -426,7 +438,18 @@ class GatePlan:
     @property
     def runs_model(self) -> bool:
         """Whether a model reads the prompts, layer by layer."""
-        return MODES[self.mode].needs_forward_pass
+        return MODES[self.mode].needs_forward_pass and not self.keeps_all
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no row is computed."""
+        owners = {kept.owner for kept in self.kept or ()}
+        return bool(owners) and all(expert.owner in owners for expert in self.experts)
+
+    @property
+    def fitted(self) -> tuple[GatePrompts, ...]:
+        """The experts with rows that are computed from prompts: all of them if no rows are kept."""
+        return tuple(expert for expert in self.experts if self.kept is None or expert.positive)
 
     @property
     def members(self) -> tuple[GatePrompts, ...]:

@@ -108,7 +108,7 @@ def _length_bounds(member: GatePrompts, limit: int) -> Iterator[bool]:
 def prompt_warnings(gates: GatePlan) -> Iterator[str]:
     """A warning if some experts have few prompts and the gate mode needs more. Empty for other gate modes."""
     mode = MODES[gates.mode]
-    counts = {member.owner: len(member.positive) for member in gates.experts}
+    counts = {member.owner: len(member.positive) for member in gates.fitted}
     few = [f"{owner} has {count}" for owner, count in counts.items() if count < _FEW]
     if mode.measured_accuracy is None or len(counts) < 2 or not few:
         return

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raymoe.checkpoints.edit_record import Edit
 from raymoe.checkpoints.merge_record import merge_record
 from raymoe.config import MergeConfig
 from raymoe.errors import RaymoeError
@@ -28,18 +29,24 @@ from raymoe.storage.file_names import FileRecord
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeDescription:
     """Implements `raymoe.runtime.coordinator.Description`. `config` is the user's config, from which the plan was
-    made."""
+    made; `edit` is what was done to a mixture, if the merge is an edit of it."""
 
     plan: MergePlan
     config: MergeConfig
     hub: HubOptions
+    edit: Edit | None = None
 
     def card(self, summary: RouterSummary | None) -> str | None:
         """README.md; None if the merge writes no card."""
         if not self.plan.options.model_card:
             return None
         return model_card(
-            self.plan, self.config, summary, self._source_cards(), has_chat_template=self._has_chat_template()
+            self.plan,
+            self.config,
+            summary,
+            self._source_cards(),
+            has_chat_template=self._has_chat_template(),
+            edit=self.edit,
         )
 
     def card_head(self) -> str | None:
@@ -54,7 +61,7 @@ class MergeDescription:
 
     def record(self, files: Sequence[FileRecord], summary: RouterSummary | None) -> dict[str, Any]:
         """The content of raymoe.json."""
-        return merge_record(self.plan, self.config, files, summary)
+        return merge_record(self.plan, self.config, files, summary, self.edit)
 
     def _source_cards(self) -> Sequence[SourceCard]:
         return source_cards(self.plan, self.hub, self.config.storage)

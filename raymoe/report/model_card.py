@@ -18,6 +18,7 @@ import yaml
 
 from raymoe._version import __version__
 from raymoe.architectures import MOE_ARCHITECTURES, MoeArchitecture, MoeShape
+from raymoe.checkpoints.edit_record import Edit
 from raymoe.config import ExpertConfig, MergeConfig, PromptFile
 from raymoe.config.model_refs import ModelRef, PathRef, expert_suffix, is_local_folder, short_name
 from raymoe.engines import ENGINES, OTHERWISE, SAME
@@ -53,18 +54,19 @@ def model_card(
     sources: Sequence[SourceCard] = (),
     *,
     has_chat_template: bool = False,
+    edit: Edit | None = None,
 ) -> str:
     """A model card in Hub form. `summary` has the routers' scores on held-out prompts, `sources` the models' metadata.
-    With a chat template, the card shows how to use it."""
+    With a chat template, the card shows how to use it. `edit`: the merge is an edit of a mixture."""
     architecture = MOE_ARCHITECTURES[plan.architecture]
     config = without_local_paths(config)
     sections = (
         _title_section(plan, config, architecture),
         _experts_section(plan, config, summary),
-        _routers_section(config, summary),
+        _routers_section(config, summary, edit),
         _loading_section(architecture, config, plan, has_chat_template=has_chat_template),
         _license_section(sources),
-        _config_section(config),
+        _config_section(config, edit),
     )
     lines = [line for section in sections for line in section]
     return f"---\n{card_metadata(plan, sources)}\n---\n\n" + "\n".join(lines) + "\n"
@@ -183,11 +185,19 @@ def _fence(text: str, at_least: int) -> str:
     return "`" * max(at_least, 1 + max(map(len, runs), default=0))
 
 
-def _routers_section(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
+def _routers_section(config: MergeConfig, summary: RouterSummary | None, edit: Edit | None) -> Iterator[str]:
     yield "## Routing"
     yield ""
     origin = "prompts" if config.needs_prompts else "a seed"
-    yield f"The routers were made from {origin}: gate mode `{config.gate_mode}`."
+    if config.keeps_all_rows:
+        yield "The router rows are those that the experts had in the mixture that they are from."
+    elif config.keep_routers is not None:
+        yield (
+            "Experts of the mixture that was edited keep their router rows. The others' were made from "
+            f"{origin} (gate mode `{config.gate_mode}`), in the scale of those."
+        )
+    else:
+        yield f"The routers were made from {origin}: gate mode `{config.gate_mode}`."
     if summary:
         chance = 1 / summary.experts
         weakest = min(summary.layers, key=lambda number: summary.layers[number].accuracy)
@@ -327,10 +337,14 @@ def _is_local(ref: PathRef) -> bool:
     return ref.location is None and (is_local_folder(ref.path) or not is_hub_id(ref.path))
 
 
-def _config_section(config: MergeConfig) -> Iterator[str]:
+def _config_section(config: MergeConfig, edit: Edit | None) -> Iterator[str]:
     plain = _public_config(config)
     yield "## How it was made"
     yield ""
+    if edit is not None:
+        mixture = edit.mixture if is_hub_id(edit.mixture.partition("@")[0]) else os.path.basename(edit.mixture)
+        yield f"An edit of the mixture {code_span(mixture)}: {'; '.join(edit.lines())}."
+        yield ""
     yield f"Merged with raymoe {__version__}; `raymoe.json` is the record of it. The config:"
     yield ""
     text = _yaml(plain)

@@ -210,6 +210,16 @@ def _shard_table(plan: MergePlan, limit: int = 24) -> Any:
 
 
 def _gate_line(plan: MergePlan) -> str:
+    kept = len(plan.gates.kept or ())
+    if plan.gates.keeps_all:
+        return f"Gates: the rows of all {kept} experts are those of their mixture."
+    if kept:
+        others = _computed_gates_line(plan).removeprefix("Gates: ")
+        return f"Gates: the rows of {kept} experts are those of their mixture; the others in their scale: {others}"
+    return _computed_gates_line(plan)
+
+
+def _computed_gates_line(plan: MergePlan) -> str:
     mode = MODES[plan.gates.mode]
     if not mode.needs_prompts:
         return f"Gates: {mode.name}, drawn from seed {plan.gates.seed}."

@@ -11,7 +11,7 @@ from raymoe.planning.plan import GatePlan
 from raymoe.routers.activations import LayerDone, capture_layers
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.prompt_passes import plan_readings
-from raymoe.routers.router_matrices import RouterRows, collect_rows, embedding_rows_by_owner, random_router_rows
+from raymoe.routers.router_matrices import RouterRows, embedding_rows_by_owner, fitted_rows, random_router_rows
 from raymoe.routers.token_embeddings import embedding_router_row
 from raymoe.storage.source_reader import SourceReader
 
@@ -30,6 +30,8 @@ def compute_routers_locally(
     A layer's router is computed when the last prompts have passed the layer; then its activations are freed.
     """
     mode, members = MODES[gates.mode], gates.prompted
+    if gates.keeps_all:
+        return {}, None
     if not mode.needs_prompts:
         return random_router_rows(gates), None
     if not mode.needs_forward_pass:
@@ -47,7 +49,7 @@ def compute_routers_locally(
             gates,
             pass_prompts,
             reader,
-            members=len(gates.experts),
+            members=len(gates.fitted),
             device=device,
             trust_remote_code=trust_remote_code,
             layer_done=layer_done,
@@ -59,6 +61,6 @@ def compute_routers_locally(
                 activations[layer][part.owner].append(each)
             if pass_prompts is passes[-1]:
                 joined = [join_parts(activations[layer].pop(member.owner)) for member in members]
-                count = len(gates.experts)
+                count = len(gates.fitted)
                 found[layer] = mode.fit_layer(joined[:count], joined[count:], device)
-    return collect_rows(found, [member.owner for member in gates.experts])
+    return fitted_rows(gates, found)

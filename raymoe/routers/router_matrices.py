@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,21 @@ from raymoe.gate_modes.layer_values import LayerRows
 from raymoe.planning.owner import ALL_SHARED, Owner
 from raymoe.planning.plan import GatePlan, Part, Router
 from raymoe.routers.heldout_report import RouterSummary
+from raymoe.routers.kept_rows import KeptRouterRows, read_kept_rows, with_kept_rows
 from raymoe.routers.row_checks import not_finite_message
 from raymoe.storage.shard_stream import RouterBytes
+from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES
 
 RouterRows = dict[Owner, npt.NDArray[np.float32]]
 """Rows (layers, hidden) of each expert, and under `ALL_SHARED` those of the shared experts' gate."""
+
+
+def fitted_rows(gates: GatePlan, layers: Mapping[int, LayerRows]) -> tuple[RouterRows, RouterSummary | None]:
+    """Rows by owner from those of all layers, of the experts whose rows are computed. Scores on held-out prompts are of
+    the fitted rows alone, so there are none if other rows are kept."""
+    rows, summary = collect_rows(layers, [expert.owner for expert in gates.fitted])
+    return rows, None if gates.kept is not None else summary
 
 
 def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[Owner]) -> tuple[RouterRows, RouterSummary | None]:
@@ -55,7 +65,7 @@ def _drawn_rows(gates: GatePlan, owner: Owner, layers: int, first_layer: int = 0
 
 def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[Owner, npt.NDArray[np.float32]]) -> RouterRows:
     """Rows (hidden,) by owner, of the mode that reads no layers, for each layer."""
-    by_owner = {member.owner: rows[member.owner] for member in gates.experts}
+    by_owner = {member.owner: rows[member.owner] for member in gates.fitted}
     if gates.shared:
         by_owner[ALL_SHARED] = shared_gate_row([rows[member.owner] for member in gates.shared])
     _check_finite({owner: row[None] for owner, row in by_owner.items()})
@@ -70,26 +80,39 @@ def _check_finite(rows: Mapping[Owner, npt.NDArray[np.float32]]) -> None:
             raise MergeFailed(not_finite_message(owner, int(bad[0])))
 
 
-def router_rows(gates: GatePlan, rows: RouterRows, what: Router) -> npt.NDArray[np.float32]:
+def router_rows(
+    gates: GatePlan, rows: RouterRows, what: Router, kept: KeptRouterRows = MappingProxyType({})
+) -> npt.NDArray[np.float32]:
     """One layer's router, (experts, hidden), or the gate of its shared experts, (1, hidden).
 
-    Rows that are not in `rows` are drawn, in a mode that draws them: all layers' rows of 80 experts of a 70B model
-    would take 210 MB.
+    Rows that are neither in `rows` nor `kept` are drawn, in a mode that draws them: all layers' rows of 80 experts of a
+    70B model would take 210 MB.
     """
-    owners = [ALL_SHARED] if what.shared else [member.owner for member in gates.experts]
+    owners = (ALL_SHARED,) if what.shared else tuple(member.owner for member in gates.experts)
+    if what.shared and ALL_SHARED in kept:
+        gate: npt.NDArray[np.float32] = kept[ALL_SHARED][what.layer, None]
+        return gate
+    found = {**kept, **rows}
     router = np.stack(
-        [rows[owner][what.layer] if owner in rows else _drawn_rows(gates, owner, 1, what.layer)[0] for owner in owners]
+        [
+            found[owner][what.layer] if owner in found else _drawn_rows(gates, owner, 1, what.layer)[0]
+            for owner in owners
+        ]
     )
     if what.repeat is not None:
         router = np.repeat(router, what.repeat, axis=0)
-    return router if what.factor is None else router * np.float32(what.factor)
+    router = router if what.factor is None else router * np.float32(what.factor)
+    return router if what.shared or not kept else with_kept_rows(router, owners, kept, what.layer)
 
 
-def router_bytes(gates: GatePlan, rows: RouterRows) -> RouterBytes:
-    """A function that gives the bytes of any router part of the plan; `rows` as in `router_rows`."""
+def router_bytes(gates: GatePlan, rows: RouterRows, reader: SourceReader | None = None) -> RouterBytes:
+    """A function that gives the bytes of any router part of the plan; `rows` as in `router_rows`. `reader` reads the
+    rows that are kept, if there are any."""
+    kept = read_kept_rows(gates, reader) if reader is not None else {}
+    assert len(kept) == len(gates.kept or ())
 
     def part_bytes(part: Part, what: Router) -> bytes:
-        values: Any = router_rows(gates, rows, what).astype(NUMPY_DTYPES[part.dtype])
+        values: Any = router_rows(gates, rows, what, kept).astype(NUMPY_DTYPES[part.dtype])
         assert values.shape == part.shape
         return bytes(values.tobytes())
 

@@ -321,7 +321,7 @@ def _gate_warnings(
     gates: GatePlan, rows: RouterRows, summary: RouterSummary | None, names: Sequence[str]
 ) -> Iterator[str]:
     mode = MODES[gates.mode]
-    judged = [rows[member.owner] for member in gates.experts] if mode.has_directions else []
+    judged = [rows[member.owner] for member in gates.experts] if mode.has_directions and gates.kept is None else []
     if judged:
         if warning := conditioning_warning(judged, names):
             yield warning
@@ -332,8 +332,8 @@ def _gate_warnings(
 
 def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:
     """Write the router's shards in the driver: router rows are here already, and they are small."""
-    router = router_bytes(plan.gates, rows)
     with SourceReader(settings.hub, settings.storage) as reader:
+        router = router_bytes(plan.gates, rows, reader)
         for shard in plan.router_shards:
             yield write_shard(target, shard, lambda job: target.do(job, reader, lambda sent, copied: None, router))
 

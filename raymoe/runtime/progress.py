@@ -185,7 +185,7 @@ class Progress:
         parts = [f"{elapsed:5.0f} s", shards]
         if not outcome.backbone_done:
             parts.append(self._backbone_progress(outcome))
-        elif MODES[self._plan.gates.mode].needs_prompts:
+        elif self._plan.gates.needs_prompts:
             parts.append(self._router_progress(outcome))
         if outcome.unavailable:
             parts.append(f"waiting for {len(outcome.unavailable)} of {self._actors} actors")

@@ -24,7 +24,7 @@ from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan, PromptPlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.prompt_passes import Reading, plan_readings
-from raymoe.routers.router_matrices import RouterRows, collect_rows, embedding_rows_by_owner
+from raymoe.routers.router_matrices import RouterRows, embedding_rows_by_owner, fitted_rows
 from raymoe.runtime.actor_status import ROUTERS_JOB, reading_label
 from raymoe.runtime.jobs import Job, Lost
 from raymoe.runtime.transport import RayTransport, Transport
@@ -264,7 +264,7 @@ class GateWork(PromptWork):
         super().__init__(gates, gates.layers_with_router if has_layers else (), readers, names, transport)
         self._shard_tensors = shard_tensors
         # Arguments that all jobs share; each job adds its own prompts.
-        shared = dataclasses.replace(gates, experts=(), shared=())
+        shared = dataclasses.replace(gates, experts=(), shared=(), kept=None)
         self._shared_plan = self._transport.put(shared) if self.members else None
         self._tensors_known: dict[Any, set[int]] = {}  # ids of the jobs whose tensors each actor has been told of
         self._rows: dict[Owner, npt.NDArray[np.float32]] = {}  # in modes that read no layers, (hidden,)
@@ -283,14 +283,14 @@ class GateWork(PromptWork):
         if not self._mode.needs_forward_pass:
             return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.readings)
         capture = actor.capture.options(name=name, num_returns=1 + self._gates.layers * len(job.readings))
-        shared, experts = self._shared_with_shards(actor, job), len(self._gates.experts)
+        shared, experts = self._shared_with_shards(actor, job), len(self._gates.fitted)
         *job.states, done = capture.remote(self._shared_plan, job.readings, experts, job.matrices, *shared)
         return done
 
     def start_layer(self, actor: Any, job: FitLayerJob) -> Any:
         counts, inputs = self._layer_inputs(job.layer)
         fit_layer = actor.fit_layer.options(name=job.label)
-        return fit_layer.remote(self._gates.mode, len(self._gates.experts), counts, *inputs)
+        return fit_layer.remote(self._gates.mode, len(self._gates.fitted), counts, *inputs)
 
     def _shared_with_shards(self, actor: Any, job: ReadPromptsJob) -> tuple[Any, ...]:
         """The tensors that both these prompts and shards read; then those of waiting jobs that the actor has not been
@@ -328,7 +328,7 @@ class GateWork(PromptWork):
             return {}, None
         if not self._mode.needs_forward_pass:
             return embedding_rows_by_owner(self._gates, self._rows), None
-        return collect_rows(self._layers, [member.owner for member in self._gates.experts])
+        return fitted_rows(self._gates, self._layers)
 
 
 def _key(part: Reading) -> tuple[Owner, int]:

@@ -155,5 +155,5 @@ def _tensor_differences(
         different = [name for names in outcome.shard_results for name in names]
         with SourceReader(settings.hub, settings.storage) as reader:
             parts = [part for shard in plan.router_shards for part in shard.parts]
-            different += different_tensors(parts, written, reader, router_bytes(plan.gates, outcome.rows))
+            different += different_tensors(parts, written, reader, router_bytes(plan.gates, outcome.rows, reader))
     return [f"{name}: differs" if name in written else f"{name}: missing" for name in sorted(different)]

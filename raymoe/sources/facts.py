@@ -160,6 +160,8 @@ class MixtureFacts:
         experts: How many experts it has.
         expert: The one that gives the FFNs: a number, or `SHARED_EXPERT`. None: the view has no FFNs.
         families: The dense families that the architecture takes experts of.
+        routers: The router of each layer that has one, (experts, hidden).
+        shared_routers: The gate of the shared experts of each layer, (1, hidden); empty if they have none.
         has_permuted_heads: Rows of q and k are in the order that the RoPE of the architecture has, and not in that of
             the dense family.
         output_factor: What the mixture multiplies the output of its experts by.
@@ -174,6 +176,8 @@ class MixtureFacts:
     experts: int
     expert: int | str | None
     families: tuple[str, ...]
+    routers: Mapping[int, TensorEntry] = field(default_factory=dict)
+    shared_routers: Mapping[int, TensorEntry] = field(default_factory=dict)
     has_permuted_heads: bool = False
     output_factor: float = 1.0
     has_shared: bool = False

@@ -148,6 +148,8 @@ class Mixture:
             has_shared=self._has_shared,
             adds_shared=self._adds_shared(spec),
             fixed=tuple(self._fixed(spec)),
+            routers=self._routers(self._architecture.router, spec),
+            shared_routers=self._routers(self._architecture.shared_router, spec),
             output_factor=_number(self._config.get("routed_scaling_factor")),
             has_permuted_heads=spec.family.rope_is_interleaved and not self._architecture.rope_is_interleaved,
         )
@@ -313,6 +315,11 @@ class Mixture:
             raise unusable_checkpoint(self._label, what, "use another mixture")
         rows = sum(part.shape[0] for part in parts)
         return replace(first, name=name, shape=(rows, *first.shape[1:]), end=last.end)
+
+    def _routers(self, name: str, spec: DenseSpec) -> dict[int, TensorEntry]:
+        """The router of each layer that has one; `name` is that of its tensor, with `{layer}`."""
+        names = {layer: name.format(layer=layer) for layer in range(spec.layers)} if name else {}
+        return {layer: self._index.tensors[each] for layer, each in names.items() if each in self._index.tensors}
 
     def _unread(self, spec: DenseSpec, read: Mapping[str, TensorEntry]) -> tuple[list[str], list[str]]:
         """(tensors of the backbone that the dense family does not have, tensors of further layers). Routers, other

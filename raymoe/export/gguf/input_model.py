@@ -162,8 +162,8 @@ class _PlannedParts:
             }
             self._open.enter_context(merged_locally(self._plan.moments, self._reader, **reading))
             rows, _ = compute_routers_locally(self._plan.gates, self._reader, **reading)
+        self._router = router_bytes(self._plan.gates, rows, self._reader)
         self._reader.release()
-        self._router = router_bytes(self._plan.gates, rows)
 
     def chunks(self, entry: TensorEntry) -> Iterator[memoryview]:
         shard = self._shards[entry.file.name]

@@ -22,6 +22,7 @@ class Ridge(GateMode):
     needs_prompts = True
     needs_forward_pass = True
     needs_text = True
+    fits_together = True
     default_prompt_model = "grafted"
     max_tokens = 16_384  # beyond that, more tokens hardly help
     gpu_library_bytes = GPU_LIBRARY_BYTES
