@@ -1,14 +1,16 @@
 """Trains a tiny model, upcycles it in several ways, and trains each start for as many steps: the table of
 docs/upcycling.md.
 
-    dense       a Qwen3 of 0.6 million parameters, trained on the text of this repository, byte by byte
+    dense       a Qwen3 of 0.4 million parameters, trained byte by byte on examples/prompts: Go code, formal
+                mathematics, Spanish prose and dictionary entries
     copies      4 copies of its FFN in each layer, 2 for each byte (sparse upcycling)
     odd         the same in odd layers only (moe_layers: odd)
     fine        each copy is cut into 4 experts (granularity: 4)
     reinit      half of each copy's channels are drawn anew (reinit: 0.5)
 
-Every start sees the same batches in the same order, with the same learning rates, by plain transformers and PyTorch.
-All that is random has a seed. One start alone is trained with `--only`; a model that is there is not made again.
+Losses are those of examples/heldout.jsonl. Every start sees the same batches in the same order, with the same learning
+rates, by plain transformers and PyTorch. All that is random has a seed. `--only` trains one start. A model that is in
+the folder already is not made again.
 
     python scripts/train_upcycled.py out/upcycling [--only dense] [--table]
 """
@@ -54,12 +56,15 @@ COPIES, PER_TOKEN = 4, 2
 
 
 def texts() -> tuple[torch.Tensor, torch.Tensor]:
-    """The bytes of the repository's Python code and pages: windows to train on, and every 20th one held out."""
-    files = [path for folder in ("raymoe", "docs") for path in sorted((REPOSITORY / folder).rglob("*.[pm][yd]"))]
-    data = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8).long()
-    windows = data[: len(data) // WINDOW * WINDOW].view(-1, WINDOW)
-    held_out = torch.arange(len(windows)) % 20 == 0
-    return windows[~held_out], windows[held_out][:128]
+    """(windows to train on, windows of held-out texts), as bytes."""
+    prompts = sorted((REPOSITORY / "examples" / "prompts").glob("*.jsonl"))
+    return windows_of(prompts), windows_of([REPOSITORY / "examples" / "heldout.jsonl"])[::6]
+
+
+def windows_of(files: list[Path]) -> torch.Tensor:
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    data = "\n\n".join(json.loads(line)["text"] for line in lines).encode()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()[: len(data) // WINDOW * WINDOW].view(-1, WINDOW)
 
 
 def batches(windows: torch.Tensor, steps: int, seed: int) -> Iterator[torch.Tensor]:
