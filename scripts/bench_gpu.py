@@ -7,8 +7,12 @@
 Makes four random experts of Mistral-7B's shape. Then the kernel's copy of the output's bytes (raw_copy.py), merges in
 modes `hidden` and `ridge` with all GPUs and with one, and mergekit-moe, if it is installed, take turns, each a whole
 process; after one merge that does not count, which finds nothing in the page cache. 16 prompts of 64 tokens per expert.
-Rounds are added to the results that OUT has, and TIMELINE tells when which actor's GPU read prompts, from Ray's own
-record of a merge.
+After each run the system's `sync` is waited for: times are kept until the process ended, and until its bytes were on
+the disk. Give `--output` on a RAM disk, and another OUT, for a second table. Rounds are added to the results that OUT
+has, and TIMELINE tells when which actor's GPU read prompts, from Ray's own record of a merge.
+
+Of the gate phase, two parts are measured by themselves: `import torch` with the start of CUDA, in a process of its own,
+and reading the weights from memory. The rest of it is computing, and what could not overlap.
 """
 
 from __future__ import annotations
@@ -43,6 +47,15 @@ time.sleep(3)  # actors send what they did from time to time
 print(json.dumps(ray.timeline()))
 """
 GATES = "task::gates of"
+IMPORT_TORCH = """
+import time
+began = time.perf_counter()
+import torch
+imported = time.perf_counter()
+if torch.cuda.is_available():
+    torch.zeros(1, device="cuda")
+print(imported - began, time.perf_counter() - imported)
+"""
 START_RAY = """
 import time, ray
 began = time.perf_counter()
@@ -74,6 +87,20 @@ def read_rate(model: Path) -> float:
     with ThreadPoolExecutor(READERS) as pool:
         total = sum(pool.map(read, range(READERS)))
     return total / (time.perf_counter() - began)
+
+
+def torch_seconds() -> tuple[float, float]:
+    """Seconds of `import torch`, and of the start of CUDA, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", IMPORT_TORCH], capture_output=True, text=True, check=True)
+    imported, started = map(float, done.stdout.split()[-2:])
+    return imported, started
+
+
+def kind_of_disk(folder: Path) -> str:
+    """ "RAM disk" if the folder is in memory, else "disk"."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    within = [(at, kind) for at, kind in mounts if folder.resolve().is_relative_to(at)]
+    return "RAM disk" if max(within, key=lambda mount: len(mount[0]))[1] in ("tmpfs", "ramfs") else "disk"
 
 
 def gate_bytes(config: Path, actors: int) -> int:
@@ -113,11 +140,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     models = made(arguments.models, arguments.shape, arguments.tokenizer)
     arguments.output.mkdir(parents=True, exist_ok=True)
     folder, gpus = arguments.output / "merged", torch.cuda.device_count()
-    configs = {mode: write_config(arguments.output / f"{mode}.yaml", models, mode, PROMPTS, WORDS) for mode in MODES}
+    configs = {
+        mode: write_config(arguments.output / f"{mode}.yaml", models, mode, PROMPTS, WORDS) for mode in arguments.modes
+    }
     commands = _commands(arguments, configs, folder, gpus)
     result: dict[str, Any] = (
         json.loads(arguments.out.read_text())
-        if arguments.out.exists()
+        if arguments.out is not None and arguments.out.exists()
         else {
             "gpus": gpus,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU",
@@ -126,27 +155,33 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "read_rates": [read_rate(models[0]) for _ in range(3)],
             "gate_bytes": {mode: gate_bytes(config, max(1, gpus)) for mode, config in configs.items()},
             "ray_seconds": [],
+            "torch_seconds": [],
+            "disk": kind_of_disk(arguments.output),
             "runs": {name: [] for name in commands},
         }
     )
     shutil.rmtree(folder, ignore_errors=True)
     if not result["ray_seconds"]:
-        timed(*commands["hidden"])
+        timed(*commands[arguments.modes[0]])
     for _ in range(arguments.rounds):
         done = subprocess.run([sys.executable, "-c", START_RAY], capture_output=True, text=True, check=True)
         result["ray_seconds"].append(float(done.stdout.split()[-1]))
+        result["torch_seconds"].append(torch_seconds())
         for name, command in commands.items():
             shutil.rmtree(folder, ignore_errors=True)
             os.sync()
             run = timed(*command)
             result["output_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
-            facts = {"seconds": run["seconds"]}
+            began = time.perf_counter()
+            os.sync()
+            facts = {"seconds": run["seconds"], "synced_seconds": run["seconds"] + time.perf_counter() - began}
             if name not in ("raw", "mergekit"):
                 up = at(run, "actors are up")
                 facts |= {
                     "gates": at(run, "gates are computed") - up,
                     "write": at(run, "shards are written") - up,
                     "until_actors": up,
+                    "ray_began": at(run, "starting Ray"),
                     "gpu_bytes": peak_gpu_bytes(run),
                 }
             result["runs"][name].append(facts)
@@ -154,7 +189,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.out.write_text(json.dumps(result, indent=1))
     shutil.rmtree(folder)
     if arguments.timeline:
-        result["timeline"] = timeline(configs["ridge"], folder)
+        result["timeline"] = timeline(configs[arguments.modes[-1]], folder)
         arguments.out.write_text(json.dumps(result, indent=1))
         shutil.rmtree(folder)
     return result
@@ -164,7 +199,8 @@ def _commands(
     arguments: argparse.Namespace, configs: dict[str, Path], folder: Path, gpus: int
 ) -> dict[str, tuple[list[str], dict[str, str]]]:
     """What takes turns: each a command, and variables of its environment."""
-    copies = write_copies(arguments.output / "copies.json", configs["hidden"])
+    first = next(iter(configs.values()))
+    copies = write_copies(arguments.output / "copies.json", first)
     commands = {"raw": ([sys.executable, str(ROOT / "scripts/raw_copy.py"), str(copies), str(folder)], {})}
     for mode, config in configs.items():
         merge = [sys.executable, "-m", "raymoe", "merge", str(config), str(folder), "-v"]
@@ -172,7 +208,15 @@ def _commands(
         if gpus > 1:
             commands[f"{mode}, one GPU"] = (merge, {"CUDA_VISIBLE_DEVICES": "0"})
     if arguments.mergekit:
-        peer = [sys.executable, "-m", "mergekit.scripts.moe", str(configs["hidden"]), str(folder), "--cuda", "--quiet"]
+        peer = [
+            sys.executable,
+            "-m",
+            "mergekit.scripts.moe",
+            str(configs.get("hidden", first)),
+            str(folder),
+            "--cuda",
+            "--quiet",
+        ]
         commands["mergekit"] = (peer, {})
     return commands
 
@@ -200,31 +244,37 @@ def table(result: dict[str, Any]) -> str:
         return statistics.median(run[what] for run in result["runs"][name])
 
     rate, ray = statistics.median(result["read_rates"]), statistics.median(result["ray_seconds"])
-    raw, rounds = median("raw", "seconds"), len(result["runs"]["raw"])
+    imports, cuda = (statistics.median(part) for part in zip(*result["torch_seconds"], strict=True))
+    rounds, whole = len(result["runs"]["raw"]), {name: median(name, "seconds") for name in result["runs"]}
     count = f"medians of {rounds} rounds" if rounds > 1 else "one run each"
     lines = [
         f"{result['gpus']} × {result['gpu']}, {result['processors']} cores; four experts of shape {result['shape']}, "
-        f"{result['output_bytes'] / 1e9:.1f} GB out; {count}. Weights are read from memory at {rate / 1e9:.1f} GB/s by "
-        f"{READERS} threads; `ray.init` takes {ray:.1f} s.",
+        f"{result['output_bytes'] / 1e9:.1f} GB to a {result['disk']}; {count}. Weights are read from memory at "
+        f"{rate / 1e9:.1f} GB/s by {READERS} threads; `ray.init` takes {ray:.1f} s, `import torch` {imports:.1f} s, "
+        f"the start of CUDA {cuda:.1f} s.",
         "",
-        "| | whole | of (raw copy + `ray.init`) | until actors are up | gate phase | reading its weights | writing "
+        "| | whole | : mergekit-moe | until synced | of (raw copy + `ray.init`), synced | plan | until actors are up "
+        "| gate phase | of it imports | reading | computing | gate phase : (reading + `import torch`) | writing "
         "| writing : raw copy | GPU memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-        f"| raw copy | {raw:.1f} s | | | | | | | |",
+        "|---" * 15 + "|",
     ]
     for name in (name for name, runs in result["runs"].items() if runs):
-        whole = median(name, "seconds")
-        if name == "mergekit":
-            lines.append(f"| mergekit-moe, `hidden --cuda` | {whole:.1f} s | | | | | | | |")
-        elif name != "raw":
-            mode, _, gpus = name.partition(",")
-            label = f"`{mode}`,{gpus}" if gpus else f"`{mode}`"
-            read, write = result["gate_bytes"][mode] / rate, median(name, "write")
-            lines.append(
-                f"| {label} | {whole:.1f} s | {whole / (raw + ray):.2f} "
-                f"| {median(name, 'until_actors'):.1f} s | {median(name, 'gates'):.1f} s | {read:.1f} s "
-                f"| {write:.1f} s | {write / raw:.2f} | {median(name, 'gpu_bytes') / 1e9:.1f} GB |"
-            )
+        synced = median(name, "synced_seconds")
+        ratio = f"{whole[name] / whole['mergekit']:.2f}" if "mergekit" in whole else "-"
+        share = f"{synced / (median('raw', 'synced_seconds') + ray):.2f}"
+        if name in ("mergekit", "raw"):
+            label = "raw copy" if name == "raw" else "mergekit-moe, `hidden --cuda`"
+            lines.append(f"| {label} | {whole[name]:.1f} s | {ratio} | {synced:.1f} s |" + " |" * 11)
+            continue
+        mode, _, gpus = name.partition(",")
+        label = f"`{mode}`,{gpus}" if gpus else f"`{mode}`"
+        gates, read, write = median(name, "gates"), result["gate_bytes"][mode] / rate, median(name, "write")
+        cells = [label, f"{whole[name]:.1f} s", ratio, f"{synced:.1f} s", share]
+        cells += [f"{median(name, what):.1f} s" for what in ("ray_began", "until_actors")]
+        cells += [f"{s:.1f} s" for s in (gates, imports + cuda, read, max(0.0, gates - imports - cuda - read))]
+        cells += [f"{gates / (read + imports):.2f}", f"{write:.1f} s", f"{write / whole['raw']:.2f}"]
+        cells.append(f"{median(name, 'gpu_bytes') / 1e9:.1f} GB")
+        lines.append(f"| {' | '.join(cells)} |")
     if result.get("timeline"):
         lines += ["", "Prompts in `ridge`, by Ray's timeline:", "", "| task | actor | from | to |", "|---|---|---|---|"]
         actors = sorted({event["actor"] for event in result["timeline"]})
@@ -241,6 +291,7 @@ def main() -> None:
     parser.add_argument("--shape", default="mistral-7b", choices=sorted(SHAPES))
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--mergekit", action="store_true", help="mergekit-moe, installed here, takes part")
     parser.add_argument("--timeline", action="store_true", help="at the end, when which actor read prompts")
     parser.add_argument("--out", type=Path, help="JSON of the results")
