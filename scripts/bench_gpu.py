@@ -67,7 +67,11 @@ print(time.perf_counter() - began)
 def made(folder: Path, shape: str, tokenizer: Path) -> list[Path]:
     paths = [folder / f"{shape}-{number}" for number in range(EXPERTS)]
     with ProcessPoolExecutor(EXPERTS) as pool:
-        jobs = [pool.submit(write_model, p, SHAPES[shape], seed=n, tokenizer=tokenizer) for n, p in enumerate(paths)]
+        jobs = [
+            pool.submit(write_model, path, SHAPES[shape], seed=number, tokenizer=tokenizer)
+            for number, path in enumerate(paths)
+            if not (path / "model.safetensors.index.json").exists()
+        ]
         for job in jobs:
             job.result()
     return paths
