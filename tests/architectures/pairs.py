@@ -271,7 +271,7 @@ def router_of(block: Any) -> torch.Tensor:
 def router_module(block: Any) -> Any:
     """The module of a MoE block that is given what its router sees."""
     router = getattr(block, "gate", None) or block.router
-    return getattr(router, "proj", router)
+    return getattr(router, "proj", getattr(router, "layer", router))
 
 
 @torch.inference_mode()

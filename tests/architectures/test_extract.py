@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import save_file
 
 import raymoe
@@ -36,13 +37,16 @@ def extract(mixture: Path | str, expert: int | str, out: Path, **options: Any) -
 
 @pytest.fixture(params=PAIRS, ids=str)
 def merged(request: pytest.FixtureRequest, mixture: Callable[..., Mixture]) -> Mixture:
+    request.param.skip_where_unknown()
     return mixture(request.param)
 
 
 @pytest.mark.engines
 def test_an_expert_computes_what_the_mixture_does_with_a_forced_router(merged: Mixture, tmp_path: Path) -> None:
     has_gate = bool(merged.pair.shared and MOE_ARCHITECTURES[merged.pair.host].shared_router)
-    extract(merged.folder, 1, tmp_path / "expert", without_shared=has_gate)
+    model_type = extract(merged.folder, 1, tmp_path / "expert", without_shared=has_gate).model_type
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     dense, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "expert", output_loading_info=True)
     assert not any(info.values()), f"keys that do not fit: {info}"
     dense, ids = dense.eval(), token_ids(12, rows=2)
@@ -181,7 +185,9 @@ def test_an_expert_can_be_evaluated_as_it_is(mixtral: Path) -> None:
 
 
 def _of(name: str) -> Pair:
-    return next(pair for pair in PAIRS if str(pair) == name)
+    pair = next(pair for pair in PAIRS if str(pair) == name)
+    pair.skip_where_unknown()
+    return pair
 
 
 def test_a_shared_expert_with_a_gate_is_left_out_only_if_that_is_asked_for(
@@ -258,6 +264,8 @@ def test_the_mixture_is_not_overwritten(mixtral: Path) -> None:
 def test_classes_of_families_are_those_of_transformers() -> None:
     from transformers.models.auto import modeling_auto
 
+    if Version(transformers.__version__).major < 5:
+        pytest.skip("some of them are newer than transformers 4")
     named = {family.model_type: family.class_name for family in FAMILIES.values() if family.class_name}
     assert {each: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(each) for each in named} == named
     read_as = {

@@ -154,6 +154,8 @@ def test_an_expert_of_a_published_mixture_is_a_dense_model(name: str, saved: str
     with in_this_process():
         result = raymoe.extract(folder, 2, tmp_path / "expert")
     assert not result.warnings
+    if result.model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {result.model_type}")
     dense, ids = load_dense(tmp_path / "expert"), token_ids(12, rows=2)
     mixture = load_merged(folder)
     force_router(mixture, dense, ids, 2)

@@ -241,8 +241,8 @@ def test_models_and_prompts_that_were_meant_as_urls(cli: Cli, config: Callable[.
     assert "write s3://bucket/a" in problem(cli, "plan", config("hidden", base_model="org/name+s3:bucket/a"))
     prompts = [{**expert, "positive_prompts": {"file": "s3:/bucket/p.txt"}} for expert in content["experts"]]
     assert "write s3://bucket/p.txt" in problem(cli, "plan", config("hidden", experts=prompts))
-    for command in ("verify", "inspect", "push", "gguf"):
-        more = {"push": ["org/name"], "gguf": ["m.gguf"]}.get(command, [])
+    for command in ("verify", "inspect", "push", "gguf", "extract"):
+        more = {"push": ["org/name"], "gguf": ["m.gguf"], "extract": ["0", "/out"]}.get(command, [])
         assert "write s3://bucket/out" in problem(cli, command, "s3:/bucket/out", *more)
 
 

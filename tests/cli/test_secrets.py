@@ -105,6 +105,8 @@ COMMANDS: list[tuple[Any, ...]] = [
     ("eval", f"s3://KEY:{CANARY}@bucket/out", "--data", "texts.jsonl", "--json", "e.json"),
     ("gguf", f"s3://KEY:{CANARY}@bucket/out", "m.gguf"),
     ("gguf", "s3://bucket/out", "m.gguf"),
+    ("extract", f"s3://KEY:{CANARY}@bucket/mixture", "0", "/out"),
+    ("extract", "/mixture", "0", f"s3://KEY:{CANARY}@bucket/out"),
     ("push", f"s3://KEY:{CANARY}@bucket/out", "org/name"),
     ("push", "s3://bucket/out", "org/name"),
 ]
