@@ -80,7 +80,7 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     elif "hidden" in wanted and options.named is None and merge.is_hidden:
         wanted.remove("hidden")  # the merge has that gate mode
     mixture = collector.run(open_mixture, merge)
-    experts = mixture.rule.experts if mixture is not None and mixture.rule is not None else None
+    experts = len(merge.names) if mixture is not None and mixture.rule is not None else None
     collector.problems += top_k_problems(options, experts)
     texts = collector.run(read_texts, data, Labels(merge.names, options.labels), options)
     sources = collector.run(resolve_sources, merge, wanted, options)

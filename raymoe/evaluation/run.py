@@ -104,10 +104,11 @@ def _by_top_k(inputs: EvaluationInputs, options: EvaluationOptions, loss: Losses
     asked for."""
     if not options.experts_per_token:
         return {}
+    parts = inputs.merge.config.granularity
     found = [
         {
             "experts_per_token": count,
-            "active_parameters": active_parameters(inputs.merge.facts, inputs.mixture, count),
+            "active_parameters": active_parameters(inputs.merge.facts, inputs.mixture, count * parts),
             "loss": as_json_losses(loss[name]),
         }
         for count, name in _top_k_names(inputs, options).items()
@@ -116,9 +117,10 @@ def _by_top_k(inputs: EvaluationInputs, options: EvaluationOptions, loss: Losses
 
 
 def _top_k_names(inputs: EvaluationInputs, options: EvaluationOptions) -> dict[int, str]:
-    """For each number of experts for a token, ascending, the name of its losses. That of the config is `merged`."""
+    """For each number of experts for a token, ascending, the name of its losses. That of the config is `merged`. As in
+    the config, experts are whole FFNs, also if they are cut (`granularity`)."""
     assert inputs.mixture.rule is not None  # it is a mixture
-    own = inputs.mixture.rule.per_token
+    own = inputs.mixture.rule.sources_per_token
     counts = sorted(int(count) for count in options.experts_per_token)
     return {count: "merged" if count == own else f"experts_per_token={count}" for count in counts}
 
@@ -151,7 +153,7 @@ class _Computation:
         variants = [Variant(name="merged", on_routing=self._on_routing)]
         for count, name in _top_k_names(self._inputs, self._options).items():
             if name != "merged":
-                variants.append(Variant(name=name, per_token=count))
+                variants.append(Variant(name=name, per_token=count * self._inputs.merge.config.granularity))
         if self._inputs.oracle:
             variants.append(Variant(name="oracle", forced=self._inputs.text_experts))
         if self._inputs.hidden is not None:

@@ -95,7 +95,7 @@ CHAOS_VARIANTS = (
         base="deep-0",
         experts=_DEEP,
         config={"dtype": "float32"},
-        expert_keys={"noise_scale": 0.01},
+        expert_keys={"noise_scale": 0.01, "reinit": 0.25},
         shard_bytes=MB // 2,
         share=3,
     ),

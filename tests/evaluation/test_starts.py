@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raymoe.checkpoints.weight_table import CheckpointModel
 from raymoe.evaluation.scoring import Variant
 from raymoe.evaluation.token_routing import TokenRouting
+from raymoe.report.eval_page import evaluation_page
 from tests.architectures.pairs import MAX_DIFFERENCE, load_grafted, load_merged
 from tests.evaluation.streamed import LENGTHS, assert_close, open_mixture, resident, streamed, texts_of
-from tests.pico import merge_config, merge_without_ray
+from tests.pico import HIDDEN, merge_config, merge_here, merge_without_ray
 
 pytestmark = pytest.mark.engines
 
@@ -72,10 +75,33 @@ def test_cut_experts_are_counted_by_source(merged: Callable[..., tuple[Path, lis
 
 
 def test_a_step_begins_with_the_first_layer_that_has_experts() -> None:
-    import numpy as np
-
     routing = TokenRouting(2, first_layer=1)
     for layer in (1, 2, 1, 2):
         routing.add(layer, np.array([[1], [1]]), np.ones((2, 1), np.float32))
     assert len(routing.shares_per_token(0)) == 4
     assert routing.shares(0) == ([0.0, 1.0], [0.0, 1.0])
+
+
+def test_a_whole_evaluation_counts_experts_as_the_config_does(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    import raymoe
+
+    base, *experts = (zoo("qwen3", seed=seed) for seed in range(EXPERTS + 1))
+    keys = {"moe_layers": [1, 2], "experts_per_token": 1}
+    texts = [{"label": str(number), "text": f"def area(radius): return {number} * radius"} for number in range(EXPERTS)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
+    found = []
+    for parts in (1, PARTS):
+        merge_here(merge_config(base, experts, granularity=parts, **keys), folder := tmp_path / str(parts))
+        options: dict[str, Any] = {"against": "oracle,hidden", "experts_per_token": "1,2", "device": "cpu"}
+        found.append(raymoe.evaluate(folder, tmp_path / "texts.jsonl", **options))
+    whole, cut = found
+    assert (cut["granularity"], cut["moe_layers"], cut["experts_per_token"]) == (PARTS, [1, 2], 1)
+    assert np.shape(cut["routing"]["load"]) == (2, EXPERTS)
+    for name in ("merged", "oracle"):
+        assert cut["loss"][name] == pytest.approx(whole["loss"][name], abs=2e-5)
+    for one, other in zip(whole["by_experts_per_token"], cut["by_experts_per_token"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+        # Its routers have as many rows as experts.
+        rows = 2 * (PARTS - 1) * EXPERTS * HIDDEN
+        assert other["active_parameters"] == one["active_parameters"] + rows
+    assert "layer 2, " in evaluation_page(cut)

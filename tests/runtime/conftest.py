@@ -71,7 +71,7 @@ def many_shards(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
     folder = tmp_path_factory.mktemp("many-shards")
     experts = [zoo("llama", seed=seed, dtype="bfloat16") for seed in (1, 2, 3)]
-    options = {"noise_scale": 0.01}
+    options = {"noise_scale": 0.01, "reinit": 0.25}
     content = merge_config(zoo("llama", dtype="bfloat16"), experts, mode="random", expert_options=options)
     config = write_config(folder / "config.yaml", content)
     merge_here(config, folder / "out", OPTIONS)

@@ -40,8 +40,8 @@ def test_actors_and_nodes(
     dtype: str,
     actors: Sequence[int],
 ) -> None:
-    """Gates from a model, a merged backbone, experts with noise and a LoRA, a shared base; three actors are spread over
-    two nodes. What they write is compared with a merge in this process."""
+    """Gates from a model, a merged backbone, cut experts with noise, new channels and a LoRA, a shared base; three
+    actors are spread over two nodes. What they write is compared with a merge in this process."""
     import torch
 
     from raymoe.compute import COMPUTE_THREADS
@@ -51,7 +51,8 @@ def test_actors_and_nodes(
     base = zoo("llama", dtype=dtype)
     lora = save_lora(tmp_path / "lora", base, ["gate_proj", "down_proj"])
     experts = [zoo("llama", seed=1, dtype=dtype), f"{base}+{lora}", zoo("llama", seed=3, dtype=dtype)]
-    config = merge_config(base, experts, mode=mode, expert_options={"noise_scale": 0.02, "residual_scale": 0.5})
+    expert_options = {"noise_scale": 0.02, "residual_scale": 0.5, "reinit": 0.25}
+    config = merge_config(base, experts, mode=mode, expert_options=expert_options, granularity=2)
     config["backbone"] = {"method": "ties", "density": 0.4}
     options = MergeOptions(max_shard_bytes=100_000)
     torch.set_num_threads(COMPUTE_THREADS)  # as actors do
