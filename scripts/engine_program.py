@@ -51,12 +51,11 @@ def run_vllm(job: dict[str, Any]) -> np.ndarray:
         dtype=job["dtype"],
         skip_tokenizer_init=True,
         enforce_eager=True,
-        max_model_len=len(tokens) + 8,
         max_num_seqs=1,
         max_logprobs=-1,
         enable_prefix_caching=False,
         trust_remote_code=True,
-        **job["options"],
+        **{"max_model_len": len(tokens) + 8, **job["options"]},
     )
     try:
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1, logprobs=-1, detokenize=False)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from raymoe.engines.features import FEATURES
 
@@ -35,7 +36,8 @@ class EngineRow:
         found: `run` or `read`.
         difference: The largest difference of log-probabilities from transformers; empty if it was not run to an end.
         reason: Why: after "computes Mixtral" for `otherwise`, after a colon for `fails`, a remark for `same`.
-        remedy: What to do about it in the engine itself: an option of its command.
+        remedy: What to do about it in the engine itself: an option of its command. A merge that is the `same` only with
+            an option has it too.
     """
 
     engine: str
@@ -70,11 +72,16 @@ class Verdict:
         """The rows' reasons as one text."""
         return " and ".join(dict.fromkeys(row.reason for row in self.rows if row.reason))
 
-    @property
-    def remedy(self) -> str:
-        """What to do in the engine; empty if there is not one thing that helps."""
-        found = {row.remedy for row in self.rows}
-        return found.pop() if len(found) == 1 else ""
+    def remedy(self, config: Mapping[str, Any]) -> str:
+        """What to do in the engine for a merge with this config.json; empty if there is not one thing that helps.
+
+        Keys of RoPE in braces stand for their numbers.
+        """
+        found = {row.remedy for row in self.rows if self.status != SAME or row.remedy}
+        text = found.pop() if len(found) == 1 else ""
+        for key, value in (config.get("rope_scaling") or config.get("rope_parameters") or {}).items():
+            text = text.replace(f"{{{key}}}", str(value))
+        return text
 
 
 @cache

@@ -68,23 +68,30 @@ def _why_not(engine: str, verdict: Verdict) -> str:
 def engine_warnings(
     engines: Sequence[str], base: DenseSpec, moe: MoeShape, architecture: MoeArchitecture
 ) -> Iterator[str]:
-    """One sentence for each engine that loads the merge and computes something else, with the remedy.
+    """One sentence for each engine that loads the merge and computes something else, with the remedy, or that needs an
+    option.
 
     `engines` as in the config; empty: those that warn by default.
     """
-    features = merge_features(base, moe, architecture)
+    features, config = merge_features(base, moe, architecture), moe_config(architecture, base, moe)
     for engine in engines or WARNED_ENGINES:
         verdict = judge(engine, architecture.name, features)
+        option = verdict.remedy(config)
         if verdict.status == OTHERWISE:
             how = "" if verdict.was_run else " (its source was read, not run)"
             yield (
                 f"{ENGINES[engine].title} {verdict.version} computes this {architecture.title} {verdict.reason}{how}: "
-                f"{_remedy(engine, verdict, base, moe)}"
+                f"{_remedy(engine, option, base, moe)}"
+            )
+        elif verdict.status == SAME and option:
+            yield (
+                f"{ENGINES[engine].title} {verdict.version} needs an option for this {architecture.title}, {option}: "
+                f"{verdict.reason}"
             )
 
 
-def _remedy(engine: str, verdict: Verdict, base: DenseSpec, moe: MoeShape) -> str:
-    """The other architectures that are right there, and an option of the engine."""
+def _remedy(engine: str, option: str, base: DenseSpec, moe: MoeShape) -> str:
+    """The other architectures that are right there, and the option of the engine that helps, if there is one."""
     others = [
         other.name
         for other in MOE_ARCHITECTURES.values()
@@ -94,6 +101,6 @@ def _remedy(engine: str, verdict: Verdict, base: DenseSpec, moe: MoeShape) -> st
     ]
     remedies = [
         *([f"use architecture: {short_list(others, separator=' or ')}"] if others else []),
-        *([f"serve it with {verdict.remedy}"] if verdict.remedy else []),
+        *([f"serve it with {option}"] if option else []),
     ]
     return ", or ".join(remedies) or "serve it with another engine (raymoe archs --engine)"

@@ -47,6 +47,6 @@ def engine_lines(plan: MergePlan) -> Iterator[EngineLine]:
             verdict=verdict.status,
             found=found,
             reason=verdict.reason,
-            remedy=verdict.remedy,
+            remedy=verdict.remedy(plan.config),
             commands=engine.commands,
         )

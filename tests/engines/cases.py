@@ -74,8 +74,8 @@ _ALWAYS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "num_key_value_heads": 4,
         "q_lora_rank": 64,
-        "kv_lora_rank": 64,
-        "qk_rope_head_dim": 32,
+        "kv_lora_rank": 512,  # with RoPE's, the width that vLLM's kernel for CPUs has
+        "qk_rope_head_dim": 64,
         "qk_nope_head_dim": 64,
         "v_head_dim": 64,
     },
@@ -120,6 +120,8 @@ _ROPES = {
     "rope_llama3": {"rope_scaling": LLAMA3},
 }
 _LONG = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32}
+# Of families that read the original length among the settings of RoPE.
+_LONGER = {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 32, "factor": 8.0}}
 _ALL_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
 
 CASES: tuple[Case, ...] = (
@@ -142,12 +144,14 @@ CASES: tuple[Case, ...] = (
     *_usual("qwen3_moe", "qwen3"),
     *_each("qwen3_moe", "qwen3", tied=_TIED, head_dim={"head_dim": 128}, window_all=_ALL_LAYERS, **_ROPES),
     *_each("qwen3_moe", "qwen3", **{_BIASES: {"attention_bias": True}}),
+    *_each("qwen3_moe", "qwen3", rope_longrope=_LONGER),
     *_usual("qwen3_5_moe", "qwen3_5_text"),
     *_each("qwen3_5_moe", "qwen3_5_text", tied=_TIED),
     *_each("qwen3_5_moe", "qwen3_5_text", 1, shared={}),
     *_usual("granitemoe", "granite"),
     *_each("granitemoe", "granite", tied=_TIED_GRANITE, **_ROPES),
     *_each("granitemoe", "granite", **{_BIASES: {"attention_bias": True}}),
+    *_each("granitemoe", "granite", rope_longrope=_LONGER),
     *_usual("granitemoeshared", "granitemoehybrid"),
     *_each("granitemoeshared", "granitemoehybrid", tied=_TIED_GRANITE),
     *_each("granitemoeshared", "granitemoehybrid", 1, shared={}),
@@ -167,6 +171,7 @@ CASES: tuple[Case, ...] = (
     *_usual("ernie4_5_moe", "ernie4_5"),
     *_each("ernie4_5_moe", "ernie4_5", tied=_TIED, rope_yarn=_ROPES["rope_yarn"], rope_llama3=_ROPES["rope_llama3"]),
     *_each("ernie4_5_moe", "ernie4_5", 1, shared={}),
+    *_each("ernie4_5_moe", "ernie4_5", rope_linear=_ROPES["rope_linear"], rope_longrope=_LONGER),
     *_usual("hunyuan_v1_moe", "hunyuan_v1_dense"),
     *_each("hunyuan_v1_moe", "hunyuan_v1_dense", tied=_TIED, rope_dynamic=_ROPES["rope_dynamic"]),
     *_each("hunyuan_v1_moe", "hunyuan_v1_dense", **{_BIASES: {"attention_bias": True}}),
@@ -179,6 +184,7 @@ CASES: tuple[Case, ...] = (
     *_each("lfm2_moe", "lfm2", untied=_UNTIED),
     *_usual("glm4_moe", "llama"),
     *_each("glm4_moe", "llama", tied_stored=_TIED, head_dim={"head_dim": 32}, **_ROPES),
+    *_each("glm4_moe", "llama", rope_longrope=_LONGER),
     *_each("glm4_moe", "phi3", partial_rotary=_GLM_HALF),
     *_each("glm4_moe", "qwen2", qkv_bias={}),
     *_each("glm4_moe", "llama", 1, shared={}),

@@ -27,6 +27,18 @@ Zoo = Callable[..., Path]
 SCALED = {"rope_scaling": LLAMA3}
 
 
+LONGROPE = {
+    "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    "original_max_position_embeddings": 32,
+}
+
+
+def model_card_of(zoo: Zoo, family: str, options: dict[str, Any]) -> str:
+    folders = [zoo(family, seed=seed, **options) for seed in range(3)]
+    config = make_config(merge_config(folders[0], folders, mode="random"))
+    return model_card(raymoe.plan(config), config)
+
+
 def plan_of(zoo: Zoo, family: str, options: dict[str, Any] | None = None, **config: Any) -> Any:
     folders = [zoo(family, seed=seed, **(options or {})) for seed in range(3)]
     return raymoe.plan(merge_config(folders[0], folders, mode="random", **config))
@@ -142,6 +154,14 @@ def test_a_plan_warns_of_engines_that_compute_it_otherwise(zoo: Zoo, capsys: pyt
     assert set(plan.engine_warnings) <= set(summary["warnings"])
     by_engine = {each["engine"]: each for each in summary["engines"]}
     assert by_engine["vllm"]["verdict"] == "same" and by_engine["mlx"]["verdict"] == "otherwise"
+
+
+def test_a_plan_names_the_option_that_an_engine_needs(zoo: Zoo) -> None:
+    (warning,) = plan_of(zoo, "lfm2", {"tie_word_embeddings": True}, engines=["vllm"]).engine_warnings
+    assert warning.startswith("vLLM ") and "needs an option for this LFM2 MoE, --compilation-config '{" in warning
+    (longrope,) = plan_of(zoo, "phi3", LONGROPE, engines=["vllm"]).engine_warnings
+    assert "--max-model-len 32: " in longrope
+    assert "--max-model-len 32`" in model_card_of(zoo, "phi3", LONGROPE)
 
 
 def test_each_silent_difference_is_warned_of_and_nothing_else() -> None:

@@ -41,6 +41,8 @@ def test_the_page_has_the_tables_of_the_rows(script: ModuleType) -> None:
         "Qwen3 (up to 4B)",
         "Mistral 7B v0.1 (window)",
         "Phi-3, Phi-3.5 with 4k (window)",
+        "Phi-3, Phi-3.5 with 128k",
+        "Gemma 4 (31B, 12B)",
         "Qwen3.5 (9B and larger)",
         "Granite 4 H (Mamba, no RoPE)",
         "Granite 4 Micro (attention, RoPE)",

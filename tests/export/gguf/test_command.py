@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from raymoe.cli import run_command
 from tests.cli.commands import write_config
-from tests.export.gguf.test_same_as_transformers import LLAMA3
+from tests.export.gguf.test_same_as_transformers import LLAMA3, LONGROPE
 from tests.pico import copy_model, merge_config
 
 Cli = Callable[..., Any]
@@ -96,10 +96,6 @@ def test_all_that_is_wrong_is_told_at_once(cli: Cli, zoo: Callable[..., Path], t
     [
         ({"model_type": "gemma"}, "model_type is 'gemma', which raymoe can't convert\n.*mixtral.*llama"),
         (
-            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
-            "RoPE scaling 'longrope': it knows linear",
-        ),
-        (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}},
             "RoPE scaling 'yarn' with beta_fast 16",
         ),
@@ -116,10 +112,14 @@ def test_models_that_llama_cpp_can_not_compute(
     assert re.search(message, done.err), done.err
 
 
-def test_qwen3_does_not_have_llama3_scaling(cli: Cli, zoo: Callable[..., Path], tmp_path: Path) -> None:
-    done = cli(zoo("qwen3", rope_scaling=LLAMA3, attention_bias=True), tmp_path / "m.gguf")
+@pytest.mark.parametrize("scaling", [LLAMA3, LONGROPE["rope_scaling"]], ids=["llama3", "longrope"])
+def test_qwen3_does_not_have_all_scalings(
+    scaling: dict[str, Any], cli: Cli, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = cli(zoo("qwen3", rope_scaling=scaling, attention_bias=True), tmp_path / "m.gguf")
     assert done.code == 2
-    for part in ("qwen3, can't hold", "a bias on q, k and v", "'llama3': it knows linear, dynamic, yarn"):
+    kind = scaling["rope_type"]
+    for part in ("qwen3, can't hold", "a bias on q, k and v", f"'{kind}': it knows linear, dynamic, yarn"):
         assert part in done.err
 
 
