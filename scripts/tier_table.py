@@ -25,7 +25,10 @@ TIERS = {
         "commands as a shell runs them: exit statuses, signals, closed pipes, imports that must not be",
     ),
     "engines": ("test", "merged models compute in transformers and llama.cpp what their sources compute"),
-    "slow": ("test", "the same as unit tests with more cases and larger inputs: half a second or more each"),
+    "slow": (
+        "test",
+        "more cases and larger inputs of what unit tests show, and pairs that share their code",
+    ),
     "soak": ("soak", "the same with more kills, faults, servers and models, and the notebook as it is"),
 }
 SUITES = {"make check": "unit", "make test": "not soak", "make soak": "soak"}

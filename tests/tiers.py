@@ -5,7 +5,7 @@
     s3          servers of objects or of models, also threads   make test
     processes   commands and servers of their own               make test
     engines     models are run, in transformers or llama.cpp    make test
-    slow        this process alone, half a second or more       make test
+    slow        this process alone, more cases of a unit test   make test
     soak        long by nature; each has a short version        make soak
 
 Tests with a fixture that starts something have its mark from here; what else starts something has its mark in its file,
@@ -33,7 +33,7 @@ MARKS: Mapping[str, str] = {
     "s3": "needs a server of objects or of models, in this process or another",
     "processes": "starts other processes, or a server that speaks neither S3 nor the Hub's protocol",
     "engines": "runs whole models in an inference engine (transformers, llama.cpp) to compare what they compute",
-    "slow": "takes half a second or more: part of `make test`; a short version of it is a unit test",
+    "slow": "more or larger cases of what a unit test shows: part of `make test`, not of `make check`",
     "soak": "takes minutes by nature: part of `make soak` only",
 }
 _BY_FIXTURE: Mapping[str, str] = {"local_ray": "ray", "server": "s3", "hub": "s3"}

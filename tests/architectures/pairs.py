@@ -167,6 +167,15 @@ PAIRS = (
 )
 
 
+def one_per_host(pairs: Sequence[Pair]) -> list[Any]:
+    """These pairs as parameters: the first of each MoE architecture, with a shared expert and without; the others have
+    the mark `slow`, and are in `make test` only."""
+    first = {(pair.host, pair.shared): pair for pair in reversed(pairs)}
+    return [
+        pair if first[pair.host, pair.shared] is pair else pytest.param(pair, marks=pytest.mark.slow) for pair in pairs
+    ]
+
+
 def load_merged(folder: Path) -> Any:
     """A merged model for inference, every weight of it from the checkpoint and no weight left over."""
     if json.loads((folder / "config.json").read_text())["model_type"] == "deepseek":

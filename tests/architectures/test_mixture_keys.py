@@ -87,9 +87,18 @@ def test_no_dense_family_has_such_keys_but_those_of_its_table(family: str) -> No
     assert known_keys(family)[0] & MIXTURE_KEYS == set(FAMILIES[family].mixture_keys)
 
 
-@pytest.mark.parametrize(
-    ("host", "family"), [*pairs(), pytest.param(MOE_ARCHITECTURES["deepseek"], "llama", id="llama-deepseek")]
-)
+def first_of_each_host() -> list[Any]:
+    """Those of `pairs`, the others as slow, and DeepSeek-MoE."""
+    found = [pytest.param(MOE_ARCHITECTURES["deepseek"], "llama", id="llama-deepseek")]
+    for each in pairs():
+        host, family = each.values
+        found.append(
+            each if host.accepts[0] == family else pytest.param(*each.values, id=each.id, marks=pytest.mark.slow)
+        )
+    return found
+
+
+@pytest.mark.parametrize(("host", "family"), first_of_each_host())
 def test_none_reaches_the_output(host: MoeArchitecture, family: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
     if family not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")

@@ -18,7 +18,7 @@ from raymoe.errors import CheckpointError
 from raymoe.planning.compatibility import check_tensors, load_spec
 from raymoe.sources.facts import ModelFacts, TensorEntry
 from raymoe.sources.resolve import resolve_model
-from tests.architectures.pairs import PAIRS, Mixture, Pair
+from tests.architectures.pairs import PAIRS, Mixture, Pair, one_per_host
 from tests.pico import copy_model, merge_config, merge_without_ray, plan_problems, save_model, tensors_of
 
 # GLM-4 (9B) has interleaved RoPE, its MoE has half-split RoPE: rows of q and k are permuted in the mixture.
@@ -49,7 +49,7 @@ def matrices(tensors: dict[str, torch.Tensor] | dict[str, bytes], spec: Any) -> 
     return found
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("pair", one_per_host(PAIRS), ids=str)
 def test_an_expert_of_a_mixture_is_a_dense_model_with_the_bytes_that_were_merged(
     pair: Pair, mixture: Callable[..., Mixture]
 ) -> None:
@@ -68,7 +68,7 @@ def test_an_expert_of_a_mixture_is_a_dense_model_with_the_bytes_that_were_merged
             assert key[0] in permuted or view[key] == content, key
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("pair", one_per_host(PAIRS), ids=str)
 def test_a_mixture_made_again_of_its_parts_is_the_same(
     pair: Pair, mixture: Callable[..., Mixture], tmp_path: Path
 ) -> None:

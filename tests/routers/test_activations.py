@@ -75,10 +75,21 @@ def router_inputs(model: Any, ids: Sequence[int]) -> torch.Tensor:
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize("prompt_model", ["base", "expert", None])
+READ_BY = [
+    ("llama", True, {}),
+    ("mistral", True, {"sliding_window": 12}),
+    ("qwen2", False, {}),
+    ("qwen3", True, {}),
+]
+
+
 @pytest.mark.parametrize(
-    ("family", "bos", "options"),
-    [("llama", True, {}), ("mistral", True, {"sliding_window": 12}), ("qwen2", False, {}), ("qwen3", True, {})],
+    ("family", "bos", "options", "prompt_model"),
+    [
+        pytest.param(*read, prompt_model, marks=() if read is READ_BY[0] or prompt_model is None else pytest.mark.slow)
+        for read in READ_BY
+        for prompt_model in ("base", "expert", None)
+    ],
 )
 def test_states_are_what_the_routers_will_see(
     family: str, bos: bool, options: dict[str, Any], prompt_model: str | None, zoo: Zoo, tmp_path: Path
