@@ -58,6 +58,7 @@ __all__ = [
     "merge",
     "merge_and_push",
     "plan",
+    "prune",
     "push",
     "push_dry_run",
     "verify",
@@ -389,6 +390,113 @@ def edit(
         check_plan_of_edit(translation, merge_plan, settings.hub)
         description = MergeDescription(plan=merge_plan, config=config, hub=settings.hub, edit=translation.edit)
         return run_merge(merge_plan, description, out, settings, told, kept)
+
+
+def prune(
+    mixture: str | Path,
+    out: str | Path,
+    data: str | Path,
+    *,
+    keep: int | None = None,
+    drop: int | None = None,
+    labels: Sequence[str] = (),
+    limit: int = 0,
+    max_tokens: int = 512,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    trust_record: bool = False,
+    transformers_cache: str | None = None,
+    overwrite: bool = False,
+    quiet: bool = True,
+    settings: RuntimeSettings | None = None,
+    storage: StorageOptions | None = None,
+) -> dict[str, Any]:
+    """Drop the experts of a merge that get the fewest tokens on labeled texts, and measure the loss before and after.
+
+    An expert's load is its share of all (token, choice) pairs, as the mean over layers and labels. The experts that
+    stay keep their router rows, as with `edit(keep_routers=True, keep_backbone=True)`.
+
+    Args:
+        mixture: Folder or URL of a merge made by raymoe.
+        out: Folder or URL for the pruned mixture.
+        data: Labeled texts, as for `evaluate`.
+        keep: How many experts stay. Or:
+        drop: How many are dropped.
+        labels: "LABEL=EXPERT" for each label that is not the name of an expert.
+        limit: Use only the first texts of each label. 0 uses all.
+        max_tokens: Texts are cut to this many tokens.
+        device: "cpu" or "cuda". By default a GPU, if there is one.
+        trust_remote_code: Allow a tokenizer's own code to run.
+        trust_record: Use the S3 endpoint and profile in the merge's record. By default those of the environment.
+        transformers_cache: Folder for models downloaded from the Hub.
+        overwrite: Replace the merge that is in `out`.
+        quiet: Show no progress.
+        settings: How the edit runs, in place of the arguments that say so.
+        storage: How object stores are reached. By default as set in the environment.
+
+    Returns:
+        A dict: `experts` and their `load`, the numbers of the `removed` ones, and `loss` by label with its mean,
+        `before` and `after`.
+
+    Raises:
+        ProblemReport: Before anything is written, with everything that is wrong.
+        MergeFailed: If writing had begun.
+
+    Example:
+        >>> raymoe.prune("out", "smaller", "texts.jsonl", drop=1)["removed"]
+    """
+    from raymoe.report.eval_numbers import mean_load
+
+    reading: dict[str, Any] = {
+        "labels": labels,
+        "limit": limit,
+        "max_tokens": max_tokens,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "trust_record": trust_record,
+        "transformers_cache": transformers_cache,
+        "quiet": quiet,
+        "storage": storage,
+    }
+    if (keep is None) == (drop is None):
+        what = "both are given" if keep is not None else "neither is given"
+        raise ProblemReport([Problem(where="--keep, --drop", what=what, remedy="say how many experts stay, or go")])
+    before = evaluate(mixture, data, against=(), **reading)
+    count = len(before["experts"])
+    left = keep if keep is not None else count - (drop or 0)
+    if not 1 <= left < count:
+        what = f"{left} of {count} experts would stay"
+        raise ProblemReport([Problem(where="--keep, --drop", what=what, remedy=f"let 1 to {count - 1} of them stay")])
+    load = mean_load(before)
+    removed = sorted(sorted(range(count), key=lambda number: (load[number], -number))[: count - left])
+    edit(
+        mixture,
+        out,
+        remove=removed,
+        keep_routers=True,
+        keep_backbone=True,
+        trust_record=trust_record,
+        **(
+            {"settings": settings}
+            if settings is not None
+            else {
+                "trust_remote_code": trust_remote_code,
+                "transformers_cache": transformers_cache,
+                "overwrite": overwrite,
+                "quiet": quiet,
+            }
+        ),
+        storage=storage,
+    )
+    after = evaluate(mixture, data, against=(f"pruned={out}",), **reading)
+    return {
+        "mixture": str(mixture),
+        "output": str(out),
+        "experts": before["experts"],
+        "load": load,
+        "removed": removed,
+        "loss": {"before": before["loss"]["merged"], "after": after["loss"]["pruned"]},
+    }
 
 
 def merge_and_push(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raymoe.formatting import short_list
+from raymoe.formatting import plural, short_list
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Edit:
         """One sentence for each kind of change, without its full stop. Names of models are not in them."""
         kept = [str(expert.number) for expert in self.experts if expert.how == "kept"]
         if kept:
-            yield f"experts {short_list(kept, most=16)} are kept"
+            yield f"{plural('expert', len(kept))} {short_list(kept, most=16)} {'is' if len(kept) == 1 else 'are'} kept"
         for number, expert in enumerate(self.experts):
             if expert.how == "replaced":
                 yield f"expert {expert.number} is replaced, and is expert {number} now"

@@ -88,9 +88,10 @@ def open_mixture(old: str, hub: HubOptions, storage: StorageOptions, *, trust_re
     config = None
     if record is not None:
         config = with_own_storage(record.config, storage, facts.label, trusts_record=trust_record)
-        if config.granularity > 1 or config.reinit is not None:
-            key = "granularity" if config.granularity > 1 else "reinit"
-            what = f"it was made for training with {key}, which is set for all experts of a merge at once"
+        if config.granularity > 1:
+            what = (
+                f"each of its models was cut into {config.granularity} experts (granularity), which only a merge does"
+            )
             raise ProblemReport([Problem(where=facts.label, what=what, remedy="merge the new list of experts instead")])
         if len(config.experts) != experts:
             what = f"it has {experts} experts, but its record (raymoe.json) names {len(config.experts)}"

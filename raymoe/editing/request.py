@@ -87,7 +87,8 @@ def make_request(
     replaced, pairs = _replacements(replace, problems)
     own, further = _prompts(prompts, problems)
     if len(further) > len(added):
-        what = f"{len(further)} files are for added models, and {len(added)} are added"
+        files = "1 file is for an added model" if len(further) == 1 else f"{len(further)} files are for added models"
+        what = f"{files}, and {len(added) or 'none'} {'is' if len(added) < 2 else 'are'} added"
         remedy = "give --add for each, or write NUMBER=FILE for an expert of the mixture"
         problems.append(Problem(where="--prompts", what=what, remedy=remedy))
     for entry, file in zip(added, further, strict=False):

@@ -204,8 +204,10 @@ class _Translator:
         if recorded is None:
             return ExpertConfig(source_model=view)
         # What was done to its weights is in them already.
-        as_view = recorded.model_copy(update={"source_model": view, "noise_scale": None, "residual_scale": None})
-        if not self._reads_ffns:
+        done = {"noise_scale": None, "residual_scale": None, "reinit": 0.0 if self._reinit else None}
+        as_view = recorded.model_copy(update={"source_model": view, **done})
+        # With the mixture's backbone, the result is no merge of the sources.
+        if not self._reads_ffns or (self._request.keep_backbone and self._reader != "expert"):
             return as_view
         original = self._resolve(recorded.source_model)
         if self._reader == "expert":
@@ -215,15 +217,20 @@ class _Translator:
                 )
                 self._problems.append(Problem(where=self._label, what=what, remedy="give --keep-routers"))
             return recorded
-        is_changed = bool(recorded.noise_scale) or recorded.residual_scale is not None
+        is_drawn = bool(recorded.noise_scale or (self._reinit if recorded.reinit is None else recorded.reinit))
+        is_changed = is_drawn or recorded.residual_scale is not None
         if original is not None and not is_changed and self._has_same_ffn(original, as_view):
             return as_view
-        if original is not None and not recorded.noise_scale:
+        if original is not None and not is_drawn:
             self._notes.append(
                 f"{owner} is read from {recorded.source_model}: its prompts are read with its own weights"
             )
             return recorded
-        why = f"{recorded.source_model} can't be read" if original is None else "noise was added to its weights"
+        why = (
+            f"{recorded.source_model} can't be read"
+            if original is None
+            else "some of its weights were drawn (noise_scale, reinit)"
+        )
         self._notes.append(
             f"{owner}: {why}, so its prompts are read with the weights in the mixture; router rows may differ by "
             "rounding from those of a merge of its sources"
@@ -234,6 +241,11 @@ class _Translator:
         """Whether the mixture has the FFNs of an expert's source with the same names and values."""
         view = self._resolve(as_view.source_model)
         return view is not None and original.adapter is None and _ffn(view) == _ffn(original)
+
+    @property
+    def _reinit(self) -> float:
+        """The share of channels that the record's config draws anew."""
+        return (self._recorded.reinit or 0.0) if self._recorded is not None else 0.0
 
     @property
     def _dtype(self) -> str:

@@ -18,7 +18,7 @@ FIRST = [pair for number, pair in enumerate(PAIRS) if pair.host not in {other.ho
 """One pair for each architecture."""
 
 
-def edit_here(old: Path, new: Path, **changes: Any) -> Any:
+def edit_here(old: Path | str, new: Path | str, **changes: Any) -> Any:
     with in_this_process():
         return raymoe.edit(old, new, **changes)
 

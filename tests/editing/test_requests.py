@@ -48,7 +48,7 @@ def refused(old: Path | str, **changes: Any) -> str:
         ({"replace": {7: "a"}}, "there is no expert 7"),
         ({"remove": [1], "replace": {1: "a"}}, "expert 1 is removed too"),
         ({"remove": [1], "prompts": ["1=a.txt"]}, "expert 1 is removed, and needs no prompts"),
-        ({"remove": [1], "prompts": ["a.txt"]}, "1 files are for added models, and 0 are added"),
+        ({"remove": [1], "prompts": ["a.txt"]}, "1 file is for an added model, and none is added"),
         ({"remove": [1], "prompts": ["0=a.txt", "0=b.txt"]}, "expert 0 has two files"),
         ({"remove": [1], "gate_mode": "rigde"}, "there is no gate mode 'rigde'"),
         ({"remove": [1], "experts_per_token": 0}, "0 is below one"),
