@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
