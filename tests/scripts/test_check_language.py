@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.unit
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
