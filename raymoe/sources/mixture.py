@@ -186,8 +186,12 @@ class Mixture:
 
     def _adds_shared(self, spec: DenseSpec) -> bool:
         architecture, key = self._architecture, "shared_expert_combination_strategy"
-        written = architecture.config(spec, MoeShape(experts=self._experts, experts_per_token=1))
-        return not architecture.shared_router and self._config.get(key) == written.get(key)
+        return not architecture.shared_router and self._config.get(key) == self._written_keys(spec).get(key)
+
+    def _written_keys(self, spec: DenseSpec) -> Mapping[str, Any]:
+        """Keys that a merge's config.json has by its architecture. RoPE scaling may be one that merges never have."""
+        moe = MoeShape(experts=self._experts, experts_per_token=1)
+        return self._architecture.config(replace(spec, rope_scaling=None), moe)
 
     def _fixed(self, spec: DenseSpec) -> Iterator[tuple[TensorEntry, float]]:
         """Tensors that merges have with one value, unless they only affect which experts are chosen."""
@@ -362,8 +366,7 @@ class Mixture:
 
     def _with_other_keys(self, dense: Mapping[str, Any], spec: DenseSpec) -> dict[str, Any]:
         """The dense config with the other keys of the mixture's: token ids, dropout, dtype."""
-        moe = MoeShape(experts=self._experts, experts_per_token=1)
         own_names = [name for names in spec.family.keys.values() for name in names]
         moe_keys = MIXTURE_KEYS.difference(spec.family.mixture_keys)
-        of_mixture = {*moe_keys, *_OF_CLASS, *self._architecture.config(spec, moe), *DENSE_KEYS, *own_names}
+        of_mixture = {*moe_keys, *_OF_CLASS, *self._written_keys(spec), *DENSE_KEYS, *own_names}
         return {**{key: value for key, value in self._config.items() if key not in of_mixture}, **dense}

@@ -265,6 +265,13 @@ def test_a_tensor_that_no_table_names_is_not_dropped(mixtral: Path, tmp_path: Pa
     assert any("1 tensors of layers beyond num_hidden_layers are left out" in warning for warning in warnings)
 
 
+def test_a_scaling_of_rope_that_merges_never_have_is_carried(mixture: Callable[..., Mixture], tmp_path: Path) -> None:
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    merged = mixture(next(pair for pair in PAIRS if str(pair) == "llama-deepseek"))
+    folder = copy_model(merged.folder, tmp_path / "scaled", config={"rope_scaling": scaling})
+    assert facts_of(f"{folder}#0").config["rope_scaling"] == scaling
+
+
 def test_adapters_are_applied_to_the_expert(mixtral: Path, zoo: Callable[..., Path], tmp_path: Path) -> None:
     from tests.pico import save_lora
 
