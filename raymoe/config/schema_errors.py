@@ -22,7 +22,7 @@ from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.config.source_positions import Finding, Loc, SourcePositions, short_text, yaml_kind
 
 _TOP_KEYS = tuple(MergeConfig.model_fields)
-_EXPERT_KEYS = tuple(ExpertConfig.model_fields)
+_EXPERT_KEYS = (*ExpertConfig.model_fields, "expert")  # the last is a part of `source_model` when it is read
 _PROMPT_FILE_KEYS = tuple(PromptFile.model_fields)
 _BACKBONE_KEYS = tuple(BackboneConfig.model_fields)
 _NO_KEYS: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ import torch
 import raymoe
 from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES
 from raymoe.config.model_refs import parse_model_ref
-from raymoe.errors import CheckpointError
+from raymoe.errors import CheckpointError, ProblemReport
 from raymoe.planning.compatibility import check_tensors, load_spec
 from raymoe.sources.facts import ModelFacts, TensorEntry
 from raymoe.sources.resolve import resolve_model
@@ -189,6 +189,17 @@ def test_a_mixture_that_raymoe_does_not_write_is_refused_by_name(mixtral: Path, 
     other = copy_model(mixtral, tmp_path / "other", config={"model_type": "olmoe"})
     with pytest.raises(CheckpointError, match="model_type is 'olmoe': raymoe takes experts of mixtures of the arch"):
         facts_of(f"{other}#0")
+
+
+def test_a_misspelled_expert_is_told_in_a_file(mixtral: Path, tmp_path: Path) -> None:
+    """With its line, as other keys."""
+    text = f"base_model: {mixtral}\nexperts:\n  - source_model: {mixtral}\n    exprt: 2\n  - source_model: {mixtral}\n"
+    (tmp_path / "config.yaml").write_text(text + "    expert: two\ngate_mode: random\n")
+    with pytest.raises(ProblemReport) as caught:
+        raymoe.plan(tmp_path / "config.yaml")
+    said = str(caught.value)
+    assert "config.yaml:4: " in said and "expert" in said.partition("exprt")[2]
+    assert "config.yaml:5: " in said and "'expert' is the number of an expert, from 0 on, or 'shared'" in said
 
 
 def test_names_of_two_experts_contradict_each_other(mixtral: Path) -> None:
