@@ -69,7 +69,8 @@ class Edit:
             yield f"{plural('expert', len(kept))} {short_list(kept, most=16)} {'is' if len(kept) == 1 else 'are'} kept"
         for number, expert in enumerate(self.experts):
             if expert.how == "replaced":
-                yield f"expert {expert.number} is replaced, and is expert {number} now"
+                moved = "" if number == expert.number else f", and is expert {number} now"
+                yield f"expert {expert.number} is replaced{moved}"
             elif expert.how == "added":
                 yield f"expert {number} is added"
         for number, _ in self.removed:
