@@ -58,6 +58,7 @@ __all__ = [
     "merge",
     "merge_and_push",
     "plan",
+    "plan_edit",
     "prune",
     "push",
     "push_dry_run",
@@ -392,6 +393,65 @@ def edit(
         return run_merge(merge_plan, description, out, settings, told, kept)
 
 
+def plan_edit(
+    old: str | Path,
+    *,
+    add: Sequence[str | Mapping[str, Any]] = (),
+    remove: Sequence[int] = (),
+    replace: Mapping[int, str | Mapping[str, Any]] | Sequence[str] = (),
+    prompts: Mapping[int, Any] | Sequence[str] = (),
+    keep_routers: bool = False,
+    keep_backbone: bool = False,
+    base_model: str | None = None,
+    gate_mode: str | None = None,
+    experts_per_token: int | None = None,
+    trust_record: bool = False,
+    transformers_cache: str | None = None,
+    storage: StorageOptions | None = None,
+) -> MergePlan:
+    """Plan an edit of a mixture: reads configs, headers and prompts, no weights. Nothing is written.
+
+    Args:
+        old: Folder, URL or Hub id of a mixture.
+        add: As for `edit`, like all that follow.
+        remove: Experts to drop.
+        replace: Models by the number of the expert whose place they take.
+        prompts: Files of prompts.
+        keep_routers: Experts that stay keep their router rows.
+        keep_backbone: Keep the backbone of `old`.
+        base_model: The dense base model, if that of the record is gone.
+        gate_mode: Another gate mode than that of the record.
+        experts_per_token: Another number of experts for a token.
+        trust_record: Use the S3 endpoint and profile in the record of `old`.
+        transformers_cache: Folder for models downloaded from the Hub.
+        storage: How object stores are reached. By default as set in the environment.
+
+    Returns:
+        The plan of the merge that the edit is.
+
+    Raises:
+        ProblemReport: With everything that is wrong with the mixture, the changes or the models.
+
+    Example:
+        >>> raymoe.plan_edit("out", remove=[3]).totals.parameters
+    """
+    from raymoe.editing import make_request, plan_translation, translate_edit
+
+    hub = hub_options(None, transformers_cache)
+    request = make_request(
+        add=add,
+        remove=remove,
+        replace=replace,
+        prompts=prompts,
+        keep_routers=keep_routers,
+        keep_backbone=keep_backbone,
+        base_model=base_model,
+        gate_mode=gate_mode,
+        experts_per_token=experts_per_token,
+    )
+    return plan_translation(translate_edit(str(old), request, hub, storage, trust_record=trust_record), hub)
+
+
 def prune(
     mixture: str | Path,
     out: str | Path,
@@ -407,8 +467,9 @@ def prune(
     trust_record: bool = False,
     transformers_cache: str | None = None,
     overwrite: bool = False,
+    address: str | None = None,
+    actors: int | None = None,
     quiet: bool = True,
-    settings: RuntimeSettings | None = None,
     storage: StorageOptions | None = None,
 ) -> dict[str, Any]:
     """Drop the experts of a merge that get the fewest tokens on labeled texts, and measure the loss before and after.
@@ -430,8 +491,9 @@ def prune(
         trust_record: Use the S3 endpoint and profile in the merge's record. By default those of the environment.
         transformers_cache: Folder for models downloaded from the Hub.
         overwrite: Replace the merge that is in `out`.
+        address: Ray cluster. By default RAY_ADDRESS, else one is started here.
+        actors: Most expert actors at once.
         quiet: Show no progress.
-        settings: How the edit runs, in place of the arguments that say so.
         storage: How object stores are reached. By default as set in the environment.
 
     Returns:
@@ -476,16 +538,12 @@ def prune(
         keep_routers=True,
         keep_backbone=True,
         trust_record=trust_record,
-        **(
-            {"settings": settings}
-            if settings is not None
-            else {
-                "trust_remote_code": trust_remote_code,
-                "transformers_cache": transformers_cache,
-                "overwrite": overwrite,
-                "quiet": quiet,
-            }
-        ),
+        trust_remote_code=trust_remote_code,
+        transformers_cache=transformers_cache,
+        overwrite=overwrite,
+        address=address,
+        actors=actors,
+        quiet=quiet,
         storage=storage,
     )
     after = evaluate(mixture, data, against=(f"pruned={out}",), **reading)

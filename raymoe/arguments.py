@@ -47,6 +47,7 @@ class ConfigKeys(TypedDict, total=False):
     granularity: int
     reinit: float
     moe_layers: str | Sequence[int]
+    keep_routers: str | Mapping[str, Any]
     storage: Mapping[str, Any]
 
 

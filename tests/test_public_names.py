@@ -23,13 +23,16 @@ COMMANDS = typing.cast(click.Group, typer.main.get_command(app)).commands
 # A cluster's job is no call of this process.
 WITHOUT_FUNCTION = {"submit"}
 # How a result is printed. Functions return it.
-DISPLAY_OPTIONS = {"plan": {"json"}, "inspect": {"json"}, "archs": {"json"}, "gguf": {"verbose"}, "try": {"json"}}
+DISPLAY_OPTIONS = {
+    **dict.fromkeys(("plan", "inspect", "archs", "try", "edit", "prune"), {"json"}),
+    "gguf": {"verbose"},
+}
 RENAMED = {
     "i_understand_this_is_not_useful_without_training": "allow_all_same",
     "label": "labels",  # the option is repeated
 }
-# `push --dry-run` is a function of its own, since it returns lines.
-OF_OTHER_FUNCTIONS = {"push": {"dry_run"}}
+# `push --dry-run` and `edit --dry-run` are functions of their own, since they return lines and a plan.
+OF_OTHER_FUNCTIONS = {"push": {"dry_run"}, "edit": {"dry_run"}}
 FUNCTIONS = {"eval": "evaluate", "try": "generate"}
 
 

@@ -92,13 +92,11 @@ def edit(
 
     if dry_run:
         from raymoe.cli.plan import show_plan
-        from raymoe.editing import check_plan_of_edit, make_request, translate_edit
-        from raymoe.planning.plan_merge import plan_merge
+        from raymoe.editing import make_request, plan_translation, translate_edit
 
         translation = translate_edit(old, make_request(**changes), settings.hub, trust_record=trust_record)
         tell(translation)
-        plan = plan_merge(translation.config, translation.options, hub=settings.hub)
-        check_plan_of_edit(translation, plan, settings.hub)
+        plan = plan_translation(translation, settings.hub)
         show_plan(plan, translation.config, None, output, settings.hub, as_json=as_json)
         return
     with record_run(args.result, output) as report:

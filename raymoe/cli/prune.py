@@ -8,14 +8,19 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.merge import RunArgs
-from raymoe.cli.option_groups import expand_groups
-from raymoe.cli.shared_options import TrustRecord, set_log_level
+from raymoe.cli.shared_options import (
+    Actors,
+    Address,
+    Quiet,
+    TransformersCache,
+    TrustRecord,
+    TrustRemoteCode,
+    parse_device,
+)
 
 
 @app.command(short_help="Drop the experts that get the fewest tokens.")
 @stoppable("an edit that had begun goes on from here when the command is run again")
-@expand_groups
 def prune(
     mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="Folder or URL of a merge made by raymoe.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix for the pruned mixture.")],
@@ -30,10 +35,17 @@ def prune(
     ] = None,
     limit: Annotated[int, typer.Option("--limit", help="Use only the first texts of each label; 0: all.")] = 0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Texts are cut to this many tokens.")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda. Default: a GPU, if there is one.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     trust_record: TrustRecord = False,
-    *,
-    args: RunArgs,
+    transformers_cache: TransformersCache = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the merge that is in OUT.")] = False,
+    address: Address = None,
+    actors: Actors = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Drop the experts of MIXTURE that get the fewest tokens on labeled texts, and show the loss before and after.
 
@@ -42,8 +54,6 @@ def prune(
     from raymoe import api
     from raymoe.report.prune_text import print_pruned
 
-    set_log_level(args.verbose)
-    settings = args.settings()
     pruned = api.prune(
         mixture,
         output,
@@ -53,12 +63,14 @@ def prune(
         labels=label or (),
         limit=limit,
         max_tokens=max_tokens,
-        device=settings.device,
-        trust_remote_code=args.trust_remote_code,
+        device=parse_device(device),
+        trust_remote_code=trust_remote_code,
         trust_record=trust_record,
-        transformers_cache=args.transformers_cache,
-        quiet=args.quiet,
-        settings=settings,
+        transformers_cache=transformers_cache,
+        overwrite=overwrite,
+        address=address,
+        actors=actors,
+        quiet=quiet,
     )
-    if as_json or not args.quiet:
+    if as_json or not quiet:
         print_pruned(pruned, as_json=as_json)

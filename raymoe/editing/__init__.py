@@ -11,6 +11,13 @@ resumes and verification are those of merges. This package only writes that conf
 """
 
 from raymoe.editing.request import EditRequest, make_request
-from raymoe.editing.translate import Translation, check_plan_of_edit, translate_edit
+from raymoe.editing.translate import Translation, check_plan_of_edit, plan_translation, translate_edit
 
-__all__ = ["EditRequest", "Translation", "check_plan_of_edit", "make_request", "translate_edit"]
+__all__ = [
+    "EditRequest",
+    "Translation",
+    "check_plan_of_edit",
+    "make_request",
+    "plan_translation",
+    "translate_edit",
+]

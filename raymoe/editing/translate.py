@@ -26,6 +26,7 @@ from raymoe.gate_modes import ALIASES, DEFAULT_MODE, MODES
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergeOptions, MergePlan
+from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.dtypes import NAME_OF_DTYPE
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.hub import HubOptions
@@ -391,3 +392,10 @@ def check_plan_of_edit(translation: Translation, plan: MergePlan, hub: HubOption
         problems = list(unknown_settings(mixture, spec, plan.text_config, reader))
     if problems:
         raise ProblemReport(problems)
+
+
+def plan_translation(translation: Translation, hub: HubOptions) -> MergePlan:
+    """Plan the merge that an edit is. Raises ProblemReport."""
+    plan = plan_merge(translation.config, translation.options, hub=hub)
+    check_plan_of_edit(translation, plan, hub)
+    return plan
