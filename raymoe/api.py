@@ -546,7 +546,7 @@ def prune(
         quiet=quiet,
         storage=storage,
     )
-    after = evaluate(mixture, data, against=(f"pruned={out}",), **reading)
+    after = evaluate(mixture, data, against=("none", f"pruned={out}"), **reading)
     return {
         "mixture": str(mixture),
         "output": str(out),

@@ -24,7 +24,7 @@ COMMANDS = typing.cast(click.Group, typer.main.get_command(app)).commands
 WITHOUT_FUNCTION = {"submit"}
 # How a result is printed. Functions return it.
 DISPLAY_OPTIONS = {
-    **dict.fromkeys(("plan", "inspect", "archs", "try", "edit", "prune"), {"json"}),
+    **{name: {"json"} for name in ("plan", "inspect", "archs", "try", "edit", "prune")},
     "gguf": {"verbose"},
 }
 RENAMED = {
