@@ -36,7 +36,8 @@ def test_an_edit_that_was_interrupted_goes_on(
                 edit_here(tmp_path / "old", tmp_path / "new", **changes)
         assert not (tmp_path / "new" / "raymoe.json").exists()
     result = edit_here(tmp_path / "old", tmp_path / "new", **changes)
-    assert result.bytes_kept == sum(file.size for file in result.files if file.name.endswith(".safetensors"))
+    weights = [file.size for file in result.files if file.name.endswith(".safetensors")]
+    assert result.bytes_kept == sum(weights[:-1])  # the last one is of the router, which the driver writes again
     assert edit_here(tmp_path / "old", tmp_path / "new", **changes).was_complete
     merge_here({**whole, "experts": entries[1:]}, tmp_path / "expected")
     same_weights(tmp_path / "new", tmp_path / "expected")
@@ -82,6 +83,6 @@ def test_from_bucket_to_bucket_the_store_copies(
     assert result.bytes_kept > 0
     same_weights(*(download(server, bucket, prefix, tmp_path / prefix) for prefix in ("new", "expected")))
     kept = edit_here(f"{bucket}/old", f"{bucket}/kept", replace={0: config["experts"][2]}, keep_routers=True)
-    share = kept.bytes_copied_by_store / sum(file.size for file in kept.files)
-    assert share > 0.95, f"{share:.1%} of the bytes were copied by the store"
-    print(f"{share:.1%} of the bytes were copied by the store")
+    # A part of an upload has 5 MiB or more, so the first 5 MiB of each shard are sent with its header.
+    sent = sum(file.size for file in kept.files) - kept.bytes_copied_by_store
+    assert sent < 2 * 5 * 2**20 + 500_000, f"{sent:,} bytes were sent"
