@@ -29,8 +29,8 @@ def test_an_edit_says_what_it_does(old: Path, cli: Cli, zoo: Callable[..., Path]
     changes = ("--add", zoo("llama", seed=5), "--prompts", prompts, "--remove", "1", "--replace", f"0={zoo('llama')}")
     shown = cli("edit", old, tmp_path / "new", *changes, "--dry-run")
     assert shown.code == 0, shown.err
-    assert "old#2" in shown.out and "No problems found." in shown.out and not (tmp_path / "new").exists()
-    assert "expert 2 is kept; expert 0 is replaced" in shown.err
+    assert "old#2" in shown.out and "No errors found." in shown.out and not (tmp_path / "new").exists()
+    assert "expert 2 is kept; expert 0 is replaced; expert 2 is added" in shown.err
     plain = cli("edit", old, tmp_path / "new", *changes, "--dry-run", "--json")
     assert plain.code == 0 and json.loads(plain.out)["architecture"] == "mixtral"
     with in_this_process():
@@ -68,6 +68,10 @@ def test_experts_with_the_fewest_tokens_are_dropped(old: Path, cli: Cli, tmp_pat
     with in_this_process():
         again = cli("prune", old, tmp_path / "new", "--data", data, "--keep", 2, "--device", "cpu")
     assert again.code == 0 and "removed" in again.out and "after" in again.out
-    for wrong, what in ((("--keep", 3), "3 of 3 experts"), ((), "neither is given"), (("--drop", 3), "0 of 3 experts")):
+    for wrong, what in (
+        (("--keep", 3), "3 of 3 experts"),
+        ((), "one of them is needed"),
+        (("--drop", 3), "0 of 3 experts"),
+    ):
         answer = cli("prune", old, tmp_path / "none", "--data", data, "--device", "cpu", *wrong)
         assert answer.code == 2 and what in answer.err and not (tmp_path / "none").exists()
