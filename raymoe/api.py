@@ -521,7 +521,7 @@ def prune(
         "storage": storage,
     }
     if (keep is None) == (drop is None):
-        what = "both are given" if keep is not None else "none is given"
+        what = "both are given" if keep is not None else "one of them is needed"
         raise ProblemReport([Problem(where="--keep, --drop", what=what, remedy="say how many experts stay, or go")])
     before = evaluate(mixture, data, against=(), **reading)
     count = len(before["experts"])

@@ -19,6 +19,7 @@ PAGES = [*sorted((REPOSITORY / "docs").rglob("*.md")), *(REPOSITORY / name for n
 # Names of other programs, and placeholders.
 FOREIGN = frozenset(
     [
+        "--attention-backend",
         "--compilation-config",
         "--model-impl",
         "--working-dir",

@@ -18,16 +18,19 @@ class EditedExpert:
         number: Its number in the mixture that was edited; of an added expert, None.
         model: The model that it is from, as far as it is known; of a kept expert, that of the mixture's record.
         before: Of a replaced expert, the model that was there.
+        name: Of a kept expert, its display name, which labels of `raymoe eval` may have. Empty: unknown.
     """
 
     how: str
     number: int | None
     model: str | None
     before: str | None = None
+    name: str = ""
 
     def plain(self) -> dict[str, Any]:
         """As JSON values; what is not known is left out."""
         values = {"how": self.how, "expert": self.number, "model": self.model, "before": self.before}
+        values |= {"name": self.name or None}
         return {key: value for key, value in values.items() if value is not None}
 
 

@@ -19,7 +19,7 @@ from raymoe._version import __version__
 from raymoe.checkpoints.edit_record import Edit
 from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.config import MergeConfig
-from raymoe.config.model_refs import parse_model_ref
+from raymoe.config.model_refs import parse_model_ref, short_name
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import short_list
 from raymoe.object_store.location import Location, LocationKind
@@ -134,6 +134,11 @@ class RecordedSource:
         return self.owner is not None and self.owner.kind is OwnerKind.EXPERT
 
 
+def expert_names(sources: Sequence[RecordedSource]) -> tuple[str, ...]:
+    """Display names of a record's experts, by their models."""
+    return tuple(short_name(source.model, source.adapter) for source in sources if source.is_expert)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeRecord:
     """A record that was read: its location `where`, its `content` as in the file, and the fields that raymoe uses.
@@ -151,6 +156,18 @@ class MergeRecord:
     @property
     def plan_digest(self) -> str:
         return str(self.content.get("plan_digest"))
+
+    @cached_property
+    def expert_names(self) -> tuple[str, ...]:
+        """Display names of the experts. One that an edit has kept has the name that it had in the mixture before."""
+        names = list(expert_names(self.sources))
+        edit = self.content.get("edit")
+        edited = edit.get("experts") if isinstance(edit, Mapping) else None
+        for number, expert in enumerate(edited if isinstance(edited, list) else ()):
+            name = expert.get("name") if isinstance(expert, Mapping) else None
+            if isinstance(name, str) and number < len(names):
+                names[number] = name
+        return tuple(names)
 
     @cached_property
     def config(self) -> MergeConfig:

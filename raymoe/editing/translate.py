@@ -342,7 +342,8 @@ class _Translator:
     # --- what was done
 
     def _edit(self, kept: list[int], config: MergeConfig) -> Edit:
-        models = self._mixture.models()
+        models, record = self._mixture.models(), self._mixture.record
+        names = record.expert_names if record is not None else ()
         done = []
         for place, number in enumerate(kept):
             before = models.get(Owner.expert(number))
@@ -350,12 +351,13 @@ class _Translator:
                 name = str(config.experts[place].source_model)
                 done.append(EditedExpert(how="replaced", number=number, model=name, before=before))
             else:
-                done.append(EditedExpert(how="kept", number=number, model=before))
+                name = names[number] if number < len(names) else ""
+                done.append(EditedExpert(how="kept", number=number, model=before, name=name))
         for expert in config.experts[len(kept) :]:
             done.append(EditedExpert(how="added", number=None, model=str(expert.source_model)))
         return Edit(
             mixture=self._label,
-            plan_digest=self._mixture.record.plan_digest if self._mixture.record is not None else None,
+            plan_digest=record.plan_digest if record is not None else None,
             routers="kept" if self._request.keep_routers else "computed",
             backbone="kept" if config.base_model.model == self._mixture.ref else "base",
             experts=tuple(done),

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raymoe.checkpoints.merge_record import RecordedSource, read_record, with_own_storage
+from raymoe.checkpoints.merge_record import read_record, with_own_storage
 from raymoe.checkpoints.open_checkpoint import open_checkpoint
 from raymoe.checkpoints.weight_table import CheckpointModel, mixture_model
 from raymoe.config import MergeConfig
-from raymoe.config.model_refs import ModelRef, PathRef, short_name
+from raymoe.config.model_refs import ModelRef, PathRef
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions, ReadingOptions
 from raymoe.gate_modes import DEFAULT_MODE, MODES
@@ -66,14 +66,9 @@ def open_merge(place: str | Path, options: ReadingOptions) -> EvaluatedMerge:
         facts=facts,
         config=config,
         options=merge_options,
-        names=expert_names(record.sources),
+        names=record.expert_names,
         plan_digest=record.plan_digest,
     )
-
-
-def expert_names(sources: Sequence[RecordedSource]) -> tuple[str, ...]:
-    """Display names of a record's experts."""
-    return tuple(short_name(source.model, source.adapter) for source in sources if source.is_expert)
 
 
 def unique_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from raymoe.errors import Problem, first_few
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.storage.source_reader import SourceReader
@@ -26,6 +28,15 @@ def read_kept_rows(gates: GatePlan, reader: SourceReader) -> KeptRouterRows:
             rows[layer] = load_array(reader, entry).reshape(-1).astype(np.float32)
         found[kept.owner] = rows
     return found
+
+
+def kept_row_problems(gates: GatePlan) -> list[Problem]:
+    """A problem for each file of kept rows that is on other nodes only: the driver reads them."""
+    files = {entry.file for kept in gates.kept or () for entry in kept.layers}
+    missing = sorted(file.location for file in files if file.kind.is_local and not os.path.exists(file.location))
+    what = "the driver reads router rows from it, and it is not on its node"
+    remedy = "copy the mixture to the driver's node, or to a bucket"
+    return first_few(Problem(where=location, what=what, remedy=remedy) for location in missing)
 
 
 def with_kept_rows(computed_EH: Float32, experts: tuple[Owner, ...], kept: KeptRouterRows, layer: int) -> Float32:

@@ -26,6 +26,7 @@ from raymoe.planning.plan import GatePlan, MergePlan, Shard
 from raymoe.results import MergeResult
 from raymoe.routers.fit_memory import max_computed_at_once
 from raymoe.routers.heldout_report import RouterSummary, router_warnings, summary_lines
+from raymoe.routers.kept_rows import kept_row_problems
 from raymoe.routers.router_matrices import RouterRows, router_bytes
 from raymoe.routers.row_checks import conditioning_warning, zero_row_warnings
 from raymoe.routers.tokenize import prompt_problems
@@ -101,6 +102,7 @@ def run_merge(
         problems += prompt_problems(
             prompts, trust_remote_code=settings.trust_remote_code, hub=settings.hub, storage=settings.storage
         )
+    problems += kept_row_problems(plan.gates)
     if problems:
         raise ProblemReport(list(dict.fromkeys(problems)))
     if settings.verbosity >= 0:

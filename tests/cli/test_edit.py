@@ -68,6 +68,10 @@ def test_experts_with_the_fewest_tokens_are_dropped(old: Path, cli: Cli, tmp_pat
     with in_this_process():
         again = cli("prune", old, tmp_path / "new", "--data", data, "--keep", 2, "--device", "cpu")
     assert again.code == 0 and "removed" in again.out and "after" in again.out
-    for wrong, what in ((("--keep", 3), "3 of 3 experts"), ((), "none is given"), (("--drop", 3), "0 of 3 experts")):
+    for wrong, what in (
+        (("--keep", 3), "3 of 3 experts"),
+        ((), "one of them is needed"),
+        (("--drop", 3), "0 of 3 experts"),
+    ):
         answer = cli("prune", old, tmp_path / "none", "--data", data, "--device", "cpu", *wrong)
         assert answer.code == 2 and what in answer.err and not (tmp_path / "none").exists()

@@ -15,6 +15,7 @@ import raymoe
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.errors import ProblemReport
 from raymoe.gate_modes import MODES
+from raymoe.routers.kept_rows import kept_row_problems
 from tests.architectures.pairs import PAIRS, Pair
 from tests.editing.test_edits import FIRST, edit_here, same_weights
 from tests.pico import LAYERS, PROMPTS, copy_model, merge_config, merge_here, plan_problems, tensors_of
@@ -103,6 +104,13 @@ def test_a_config_may_keep_rows(zoo: Callable[..., Path], tmp_path: Path) -> Non
     template = MOE_ARCHITECTURES["mixtral"].router
     for before, after in zip(routers(tmp_path / "old", template), routers(tmp_path / "new", template)):
         assert torch.equal(after, before[[2, 1]])
+    gates = raymoe.plan(edited).gates
+    assert kept_row_problems(gates) == []
+    (tmp_path / "old").rename(tmp_path / "moved")
+    assert {problem.remedy for problem in kept_row_problems(gates)} == {
+        "copy the mixture to the driver's node, or to a bucket"
+    }
+    (tmp_path / "moved").rename(tmp_path / "old")
     assert raymoe.MergeConfig.model_validate(edited).needs_prompts is False
     ridge = {**edited, "base_model": str(base), "gate_mode": "ridge"}
     new = {"source_model": str(models[0]), "positive_prompts": list(PROMPTS[0])}

@@ -126,6 +126,12 @@ def test_prompts_for_an_expert_and_an_edit_of_an_edit(old: Path, zoo: Callable[.
     record = json.loads((tmp_path / "two" / "raymoe.json").read_text())
     assert record["config"]["experts"][0]["positive_prompts"]["file"] == str(file)
     assert record["edit"]["mixture"] == str(tmp_path / "one") and record["plan_digest"] != record["edit"]["plan_digest"]
+    from raymoe.checkpoints.merge_record import read_record
+    from raymoe.sources.local_folder import LocalFolder
+
+    # An expert that stays is called as it was, for the labels of `raymoe eval`.
+    names = [read_record(LocalFolder(str(folder))).expert_names for folder in (old, tmp_path / "two")]
+    assert names[1] == (zoo("llama", seed=5).name, names[0][2], zoo("llama", seed=6).name)
     card = (tmp_path / "two" / "README.md").read_text()
     assert "An edit of the mixture `one`" in card and "expert 0 is removed" in card and str(tmp_path) not in card
 

@@ -11,10 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from raymoe.checkpoints.merge_record import RecordedSource
+from raymoe.checkpoints.merge_record import RecordedSource, expert_names
 from raymoe.errors import ProblemReport
 from raymoe.evaluation.dataset import Labels, read_texts, tokenize_texts
-from raymoe.evaluation.finished_merge import expert_names
 from raymoe.evaluation.options import AGAINST, EvaluationOptions, option_problems, parse_against
 from raymoe.planning.owner import BASE, Owner
 from raymoe.routers.tokenize import load_tokenizer

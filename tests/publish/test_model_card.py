@@ -179,7 +179,7 @@ def test_the_config_in_the_card_is_the_one_that_was_merged(models: Callable[...,
     config["experts"][1]["positive_prompts"] = {"file": "prompts.jsonl", "limit": None}
     config["storage"] = {"endpoint": "http://minio.internal:9000", "profile": "admin"}
     checked = make_config(config)
-    text = "\n".join(_config_section(checked))
+    text = "\n".join(_config_section(checked, None))
     assert "minio.internal" not in text and "storage" not in text
     said = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert make_config(said) == checked.model_copy(update={"storage": StorageOptions()})

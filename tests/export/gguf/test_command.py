@@ -154,15 +154,19 @@ def test_configs_that_do_not_fit(
     assert re.search(message, done.err), done.err
 
 
+# The config names a layer without experts, which has none of the tensors of one.
+MISSING = r"tensor\(s\) missing: model\.layers\.\d\.mlp\.gate_proj"
+
+
 @pytest.mark.parametrize(
     ("family", "host", "changed", "message"),
     [
         ("cohere2", "cohere2_moe", {"expert_selection_fn": "sigmoid"}, 'fn is "sigmoid", and only "softmax" is conv'),
         ("cohere2", "cohere2_moe", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, and only null is converted"),
-        ("cohere2", "cohere2_moe", {"mlp_layer_types": ["dense", "sparse", "sparse"]}, r'types is \["dense", "sparse"'),
-        ("qwen3", "qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, and only 1 is converted"),
-        ("qwen3", "qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\], and only \[\] is converted"),
-        ("ernie4_5", "ernie4_5_moe", {"moe_layer_start_index": 1}, "start_index is 1, and only 0 is converted"),
+        ("cohere2", "cohere2_moe", {"mlp_layer_types": ["dense", "sparse", "sparse"]}, MISSING),
+        ("qwen3", "qwen3_moe", {"decoder_sparse_step": 2}, MISSING),
+        ("qwen3", "qwen3_moe", {"mlp_only_layers": [1]}, MISSING),
+        ("ernie4_5", "ernie4_5_moe", {"moe_layer_start_index": 1}, MISSING),
         ("ernie4_5", "ernie4_5_moe", {"moe_k": 3}, "moe_k is 3, and only 2 is converted"),
         ("hunyuan_v1_dense", "hunyuan_v1_moe", {"moe_topk": 3}, "moe_topk is 3, and only 2 is converted"),
         ("llama", "glm4_moe", {"topk_group": 2}, "topk_group is 2, and only 1 is converted"),
