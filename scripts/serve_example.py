@@ -85,16 +85,17 @@ def _without_end(tokens: Sequence[int], tokenizer: Any) -> list[int]:
 # --- engines
 
 
-def commands(engine: str, folder: Path, port: int, dtype: str) -> list[str | Path]:
+def commands(engine: str, folder: Path, port: int, dtype: str, *, eager: bool) -> list[str | Path]:
     """What starts the server. mlx-lm computes in the type of the weights."""
     programs = VENV / f"engine-{engine}/bin"
     if engine == "vllm":
-        return [programs / "vllm", "serve", folder, "--port", str(port), "--dtype", dtype]
+        options = ["--port", str(port), "--dtype", dtype, *(["--enforce-eager"] if eager else [])]
+        return [programs / "vllm", "serve", folder, *options]
     return [programs / "mlx_lm.server", "--model", folder, "--port", str(port)]
 
 
 @contextmanager
-def server(engine: str, folder: Path, dtype: str, log: Path) -> Iterator[str]:
+def server(engine: str, folder: Path, dtype: str, log: Path, *, eager: bool) -> Iterator[str]:
     """The address of a server that answers. It ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,7 +110,7 @@ def server(engine: str, folder: Path, dtype: str, log: Path) -> Iterator[str]:
     environment.pop("PYTHONPATH", None)
     with log.open("w") as output:
         process = subprocess.Popen(
-            commands(engine, folder, port, dtype),
+            commands(engine, folder, port, dtype, eager=eager),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; default: both")
     parser.add_argument("--per-kind", type=int, default=2, help="held-out prompts per kind")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer, at most")
+    parser.add_argument("--eager", action="store_true", help="vLLM without compilation, which takes minutes")
     parser.add_argument("--heldout", type=Path, default=ROOT / "examples/heldout.jsonl")
     arguments = parser.parse_args()
     model, count = arguments.model.resolve(), arguments.tokens
@@ -230,7 +232,7 @@ def main() -> None:
                 if (engine, dtype) in NOT_HERE:
                     continue
                 log = Path(temporary) / f"{engine}-{dtype}.log"
-                with server(engine, folder, dtype, log) as address:
+                with server(engine, folder, dtype, log, eager=arguments.eager) as address:
                     found = served_answers(address, engine, folder, prompts, count)
                     chat = chat_answer(address, folder, count)
                 equal, places = compare(expected, found)
