@@ -221,12 +221,9 @@ def run_llama_cpp(
         except RaymoeError as error:
             found[str(case)] = str(error).partition("\n")[0].partition(": ")[2].rpartition("can't hold this model: ")[2]
             continue
-        reader = GGUFReader(file, "r+")
-        length = next(field for name, field in reader.fields.items() if name.endswith(".context_length"))
-        if any(tensor.name == "rope_factors_long.weight" for tensor in reader.tensors):
-            # As with the option of which the file's warning speaks: llama.cpp has no context below 256, which is long.
-            length.parts[length.data[0]][0] = 256
-        used = min(len(tokens), int(length.contents()) - 1)  # one more is generated
+        fields = GGUFReader(file).fields
+        context = next(int(f.contents()) for name, f in fields.items() if name.endswith(".context_length"))
+        used = min(len(tokens), context - 1)  # one more is generated
         rows = np.full((len(tokens), VOCAB), np.nan)
         rows[used - 1] = LlamaCpp(file).log_probs(tokens[:used], VOCAB)
         found[str(case)] = rows

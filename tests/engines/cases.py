@@ -119,9 +119,11 @@ _ROPES = {
     "rope_yarn": {"rope_scaling": YARN},
     "rope_llama3": {"rope_scaling": LLAMA3},
 }
-_LONG = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32}
+# The text is shorter than the original length: some engines take the factors of long texts for all texts.
+_ORIGINAL, _LONGEST = {"original_max_position_embeddings": 256}, {"max_position_embeddings": 1024}
+_LONG = {"rope_scaling": LONGROPE, **_ORIGINAL, **_LONGEST}
 # Of families that read the original length among the settings of RoPE.
-_LONGER = {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 32, "factor": 8.0}}
+_LONGER = {"rope_scaling": {**LONGROPE, **_ORIGINAL, "factor": 4.0}, **_LONGEST}
 _ALL_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
 
 CASES: tuple[Case, ...] = (
