@@ -13,7 +13,7 @@ import torch
 from tests.architectures.pairs import PAIRS, Pair
 from tests.editing.test_edits import edit_here, same_weights
 from tests.editing.test_requests import refused
-from tests.pico import LAYERS, PROMPTS, merge_here, tensors_of
+from tests.pico import LAYERS, PROMPTS, merge_config, merge_here, tensors_of
 
 
 def without_record(pair: Pair, zoo: Callable[..., Path], folder: Path, **changed: Any) -> tuple[Path, dict[str, Any]]:
@@ -81,3 +81,34 @@ def test_a_gate_of_shared_experts_is_kept_or_refused(zoo: Callable[..., Path], t
     shared = [name for name in before if ".shared_expert" in name]
     assert shared and all(torch.equal(before[name], after[name]) for name in shared)
     shutil.rmtree(tmp_path / "new")
+
+
+@pytest.mark.s3
+def test_a_mixture_on_the_hub(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """It is read at the commit that it was opened at, which the config of the result names."""
+    import json
+
+    import raymoe
+    from raymoe.checkpoints.merge_record import read_record
+    from raymoe.runtime.settings import RuntimeSettings
+    from raymoe.sources.hub import HubOptions
+    from raymoe.sources.local_folder import LocalFolder
+    from tests.runtime.in_process import in_this_process
+    from tests.sources.hub_server import HubServer
+
+    base, *models = (zoo("llama", seed=seed) for seed in range(4))
+    config = merge_config(base, models, mode="hidden")
+    merge_here(config, tmp_path / "old")
+    merge_here({**config, "experts": config["experts"][1:]}, tmp_path / "expected")
+    with HubServer() as hub, in_this_process():
+        commit = hub.add("org/old", tmp_path / "old").commit
+        options = HubOptions(endpoint=hub.url, cache_dir=str(tmp_path / "cache"))
+        settings = RuntimeSettings(verbosity=-1, hub=options)
+        raymoe.edit("org/old", tmp_path / "new", remove=[0], settings=settings)
+        raymoe.edit("org/old", tmp_path / "kept", remove=[0], keep_routers=True, settings=settings)
+    same_weights(tmp_path / "new", tmp_path / "expected")
+    same_weights(tmp_path / "kept", tmp_path / "expected")
+    record = json.loads((tmp_path / "kept" / "raymoe.json").read_text())
+    assert record["edit"]["mixture"] == f"org/old@{commit}"
+    assert record["sources"][1]["model"] == f"org/old@{commit}#1"
+    assert read_record(LocalFolder(str(tmp_path / "kept"))).config.keeps_all_rows
