@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import raymoe
 from raymoe.editing import make_request
 from raymoe.errors import ProblemReport
 from tests.editing.test_edits import edit_here, same_weights
-from tests.pico import PROMPTS, copy_model, merge_config, merge_here, save_lora
+from tests.pico import PROMPTS, copy_model, merge_config, merge_here, save_lora, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,16 @@ def test_verify_repeats_an_edit(old: Path, tmp_path: Path) -> None:
         edit_here(old, tmp_path / str(number), remove=[1], **changes)
         with in_this_process():
             assert raymoe.verify(tmp_path / str(number)).ok
+
+
+def test_starts_for_training(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Experts that are parts of models are refused; channels that were drawn stay as they are."""
+    base, *models = (zoo("llama", seed=seed) for seed in range(4))
+    config = merge_config(base, models, mode="hidden")
+    merge_here({**config, "granularity": 2}, tmp_path / "cut")
+    assert "was cut into 2 experts (granularity)" in refused(tmp_path / "cut", remove=[0])
+    merge_here({**config, "reinit": 0.5}, tmp_path / "drawn")
+    edit_here(tmp_path / "drawn", tmp_path / "new", remove=[0])
+    before, after = (tensors_of(tmp_path / name) for name in ("drawn", "new"))
+    moved = {name: name.replace(".experts.1.", ".experts.0.") for name in before if ".experts.1." in name}
+    assert moved and all(torch.equal(before[name], after[now]) for name, now in moved.items())
