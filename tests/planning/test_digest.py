@@ -150,7 +150,7 @@ def plain(value: Any) -> object:
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
     for key in (
         *("whole", "magnitude", "heads", "content", "combined", "factor"),
-        *("router_layers", "columns", "reinit", "repeat"),
+        *("router_layers", "columns", "reinit", "repeat", "kept"),
     ):
         if fields.get(key, ...) is None:
             del fields[key]
