@@ -332,9 +332,7 @@ class MergeConfig(BaseModel):
 
     def to_plain(self) -> dict[str, Any]:
         """All keys, defaults included, as values that JSON has. Equal configs give equal results."""
-        plain = self.model_dump(mode="json")
-        # Written only where it is set, so that the records of other merges do not change.
-        return {key: value for key, value in plain.items() if key != "keep_routers" or value is not None}
+        return self.model_dump(mode="json")
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> MergeConfig:

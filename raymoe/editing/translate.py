@@ -10,6 +10,7 @@ all else    as in the record
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.dtypes import NAME_OF_DTYPE
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.hub import HubOptions
-from raymoe.sources.resolve import resolve_model
+from raymoe.sources.resolve import resolve_model, resolve_models
 from raymoe.storage.source_reader import SourceReader
 
 _FREE_OF_BASE = "give --base-model PATH with the dense model that it was made from, or --keep-routers"
@@ -136,6 +137,7 @@ class _Translator:
         self._mixture, self._request, self._hub = mixture, request, hub
         self._recorded = mixture.config
         self._storage = mixture.config.storage if mixture.config is not None else storage
+        self._resolved: dict[ModelRef, ModelFacts | None] = {}
         self._notes: list[str] = []
         self._problems: list[Problem] = []
         recorded_mode = mixture.config.gate_mode if mixture.config is not None else DEFAULT_MODE
@@ -147,6 +149,7 @@ class _Translator:
 
     def translation(self) -> Translation:
         kept = [number for number in range(self._mixture.experts) if number not in self._request.remove]
+        self._resolve_at_once([number for number in kept if number not in self._request.replace])
         experts: list[Any] = [self._entry(number) for number in kept] + list(self._request.add)
         shared = self._shared()
         config = self._whole(experts, shared)
@@ -333,11 +336,22 @@ class _Translator:
         return own, True
 
     def _resolve(self, ref: ModelRef) -> ModelFacts | None:
-        """A model of the record; None if it can't be read."""
-        try:
-            return resolve_model(ref, self._hub, self._storage)
-        except ProblemReport:
-            return None
+        """A model of the record, or an expert of the mixture; None if it can't be read."""
+        if ref not in self._resolved:
+            try:
+                self._resolved[ref] = resolve_model(ref, self._hub, self._storage)
+            except ProblemReport:
+                self._resolved[ref] = None
+        return self._resolved[ref]
+
+    def _resolve_at_once(self, kept: list[int]) -> None:
+        """Read all models that are compared with the mixture's experts. Those of one folder are read once."""
+        if self._recorded is None or not self._reads_ffns or self._request.keep_backbone:
+            return
+        refs = [self._recorded.experts[number].source_model for number in kept]
+        refs += [self._mixture.expert(number) for number in kept]
+        with suppress(ProblemReport):  # then they are read one by one
+            self._resolved |= resolve_models(refs, self._hub, self._storage)
 
     # --- what was done
 
