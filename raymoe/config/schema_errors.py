@@ -92,16 +92,19 @@ def _closest_key(loc: Loc) -> Loc | None:
     """The location of the key that an unknown key was most likely meant to be."""
     known, other_keys = _keys_at(loc)
     key = str(loc[-1])
-    if key in other_keys or (len(loc) == 1 and key in _OTHER_COMMANDS):
+    if len(loc) == 1 and key in _OTHER_COMMANDS:
         return None
-    near = get_close_matches(key.strip().lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    # `expert` at the top is `experts`; other keys of experts there are where they do not belong.
+    cutoff = 0.9 if key in other_keys else 0.55
+    near = get_close_matches(key.strip().lower().replace("-", "_"), known, n=1, cutoff=cutoff)
     return (*loc[:-1], near[0]) if near else None
 
 
 def _unknown_key(loc: Loc) -> tuple[str, str]:
     key, at_top = str(loc[-1]), len(loc) == 1
     known, other_keys = _keys_at(loc)
-    if key in other_keys:
+    closest = _closest_key(loc)
+    if key in other_keys and closest is None:
         level = "an expert, next to its source_model" if at_top else "the top level of the config"
         return "unknown key here", f"it belongs to {level}"
     if at_top and key in _OTHER_COMMANDS:
@@ -110,7 +113,6 @@ def _unknown_key(loc: Loc) -> tuple[str, str]:
             what,
             f"remove it, or use {_OTHER_COMMANDS[key]} for this config; keys here: {', '.join(known)}",
         )
-    closest = _closest_key(loc)
     return "unknown key", f"did you mean {closest[-1]}?" if closest else f"keys here: {', '.join(known)}"
 
 

@@ -222,7 +222,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "keys of no layer": ({"num_kv_shared_layers": 2}, "none before them is of kind full_attention"),
     "keys of no layer at all": ({"num_kv_shared_layers": 3}, "is of kind full_attention or sliding_attention"),
-    "mixture": ({"enable_moe_block": True, "num_experts": 4}, "enable_moe_block is on: it is a mixture"),
+    "mixture": (
+        {"enable_moe_block": True, "num_experts": 4},
+        r"missing: it is a Gemma 4 MoE mixture of 4 experts",
+    ),
     "both directions": ({"use_bidirectional_attention": "all"}, "its tokens attend to later ones"),
     "one RoPE": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "no rope_theta for sliding"),
     "unknown RoPE": (
@@ -295,11 +298,10 @@ def test_gguf_refuses_other_rope(zoo: Callable[..., Path], tmp_path: Path) -> No
         write_gguf(tmp_path / "merged", tmp_path / "model.gguf")
 
 
-def test_a_merge_is_no_source_of_experts(zoo: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_merge_is_a_source_by_the_number_of_an_expert(zoo: Callable[..., Path], tmp_path: Path) -> None:
     dense = zoo(FAMILY)
     merge_without_ray(merge_config(dense, [dense] * 2, mode="random"), tmp_path / "merged")
-    report = plan_problems(merge_config(tmp_path / "merged", [dense] * 2, mode="random"))
-    assert "it is a mixture of experts already" in report
-    assert (
-        raymoe.plan(merge_config(dense, [dense] * 2, mode="random"), allow_all_same=True).architecture == "gemma4_moe"
-    )
+    report = plan_problems(merge_config(dense, [tmp_path / "merged"] * 2, mode="random"))
+    assert "this is a Gemma 4 MoE mixture of 2 experts, but no expert is named" in report
+    of_expert = merge_config(dense, [f"{tmp_path / 'merged'}#1", dense], mode="random")
+    assert raymoe.plan(of_expert, allow_all_same=True).architecture == "gemma4_moe"
