@@ -135,7 +135,7 @@ def _read_interval(config: Mapping[str, Any], layers: int) -> list[int]:
 
 
 MOE_LAYER_INTERVAL = LayerRule(
-    text="every n-th layer of a range (moe_layer_start_index, moe_layer_end_index, moe_layer_interval)",
+    text="layers n - 1, 2n - 1, ... of a range (moe_layer_start_index, moe_layer_end_index, moe_layer_interval)",
     write=_write_interval,
     read=_read_interval,
 )

@@ -8,6 +8,7 @@ moe_layers: [0, 2, 3]
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Any
 
 from raymoe.config.coerce import parse_choice, parse_finite, parse_integer, value_error
@@ -18,6 +19,7 @@ MoeLayers = str | tuple[int, ...]
 
 ALL_LAYERS = "all"
 _WORDS = (ALL_LAYERS, "even", "odd")
+_NICKNAMES = {"every": ALL_LAYERS}
 _RANGE = re.compile(r"(\d{1,5}) *- *(\d{1,5})")
 _REMEDY = 'write all, even, odd, a range such as "8-31", or a list such as [0, 2, 4]; layer 0 is the first'
 
@@ -42,7 +44,10 @@ def parse_moe_layers(value: Any) -> MoeLayers:
         return f"{first}-{last}"
     if re.search(r"\d", value):
         raise value_error(f"{short_repr(value)} is no range of layers", _REMEDY)
-    return parse_choice(value, _WORDS, {"every": ALL_LAYERS})
+    word = value.strip().lower()
+    if word not in _NICKNAMES and not get_close_matches(word, _WORDS, n=1):
+        raise value_error(f"{short_repr(value)} is not a known value", _REMEDY)
+    return parse_choice(value, _WORDS, _NICKNAMES)
 
 
 def plain_moe_layers(value: MoeLayers) -> str | list[int]:

@@ -108,14 +108,16 @@ def _by_architecture() -> Mapping[tuple[str, str], Mapping[str, EngineRow]]:
 
 def judge(engine: str, architecture: str, features: Collection[str]) -> Verdict:
     """What an engine makes of a merge in an architecture with these features. It is unknown if one of these is not in
-    `FEATURES`: no merge with it was looked at.
+    `FEATURES`: no merge with it was looked at. transformers computes layers without experts as the tests of the
+    architectures find.
 
     Example:
         >>> judge("mlx", "mixtral", {"rope_llama3", "untied"}).status
         'otherwise'
     """
     rows = _by_architecture().get((engine, architecture), {})
-    if "" not in rows or not FEATURES.keys() >= set(features):
+    known = FEATURES.keys() | ({"layers_without_experts"} if engine == "transformers" else set())
+    if "" not in rows or not known >= set(features):
         return Verdict(status=UNKNOWN)
     applying = [rows[""], *(rows[feature] for feature in sorted(features) if feature in rows)]
     status = max((row.verdict for row in applying), key=_RANKS.__getitem__)

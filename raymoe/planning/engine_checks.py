@@ -5,7 +5,7 @@ DenseSpec, MoeShape, MoeArchitecture --served_model--> config.json's features --
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from raymoe.architectures import MOE_ARCHITECTURES, DenseSpec, MoeArchitecture, MoeShape
 from raymoe.architectures.moe_architecture import moe_config
@@ -50,16 +50,17 @@ def engine_requirement(engines: Sequence[str], base: DenseSpec, moe: MoeShape) -
     def reasons(architecture: MoeArchitecture) -> list[str]:
         features = merge_features(base, moe, architecture)
         verdicts = {engine: judge(engine, architecture.name, features) for engine in engines}
-        return [_why_not(engine, verdict) for engine, verdict in verdicts.items() if verdict.status != SAME]
+        return [_why_not(engine, verdict, features) for engine, verdict in verdicts.items() if verdict.status != SAME]
 
     titles = " and ".join(ENGINES[engine].title for engine in engines)
     return Requirement(text=f"for {titles}", reasons=reasons, remedy="name fewer engines")
 
 
-def _why_not(engine: str, verdict: Verdict) -> str:
+def _why_not(engine: str, verdict: Verdict, features: Collection[str]) -> str:
     title = ENGINES[engine].title
     if verdict.status == UNKNOWN:
-        return f"{title} was not looked at"
+        with_what = " with layers without experts (moe_layers)" if "layers_without_experts" in features else ""
+        return f"{title} was not looked at{with_what}"
     if verdict.status == FAILS:
         return f"{title} {verdict.version} fails: {verdict.reason}"
     return f"{title} {verdict.version} computes it {verdict.reason}"

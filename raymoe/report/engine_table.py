@@ -63,7 +63,8 @@ def architecture_lines(engine: str) -> Iterator[ArchitectureLine]:
 
 def _how(row: EngineRow) -> str:
     size = f", largest difference {row.difference}" if row.difference and row.verdict == SAME else ""
-    return f"{row.found}, {row.version}{size}" + (f"; {row.reason}" if row.reason else "")
+    reason = row.reason.replace("this option", row.remedy) if row.remedy else row.reason
+    return f"{row.found}, {row.version}{size}" + (f"; {reason}" if reason else "")
 
 
 def _exceptions(rows: list[EngineRow]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from raymoe.checkpoints.merge_record import EXTRACTED, MergeRecord, read_record,
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.console import print_json, print_line
 from raymoe.errors import Problem, ProblemReport
-from raymoe.formatting import human_bytes, human_count
+from raymoe.formatting import human_bytes, human_count, plural
 from raymoe.object_store.options import StorageOptions
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
@@ -185,7 +185,8 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
         if "cosine_between_rows" in routers:
             cosine, norm = routers["cosine_between_rows"], routers["row_norm"]
             print_line(
-                f"routers of {routers['layers']} layers: row length {norm['min']:.3g} to {norm['max']:.3g}, "
+                f"routers of {routers['layers']} {plural('layer', routers['layers'])}: "
+                f"row length {norm['min']:.3g} to {norm['max']:.3g}, "
                 f"mean cosine between experts' rows {cosine['mean']:.3f} ({cosine['min']:.3f} to {cosine['max']:.3f})"
             )
     merge = summary.get("merge")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from raymoe.formatting import number_ranges, plural
-from raymoe.planning.plan import MergePlan, Part, Transform
+from raymoe.planning.owner import OwnerKind
+from raymoe.planning.plan import MergePlan, Part, Reinit, Transform
+
+EXPERT = OwnerKind.EXPERT.value
 
 
 def start_lines(plan: MergePlan) -> Iterator[str]:
@@ -22,12 +25,38 @@ def start_lines(plan: MergePlan) -> Iterator[str]:
             f"sources are {plan.experts} experts. The router chooses all experts of a source together, and the merge "
             "computes what whole FFNs compute."
         )
-    if shares := sorted({share for shard in plan.shards for part in shard.parts for share in _shares(part)}):
-        values = " or ".join(f"{share:.0%}" for share in shares)
-        yield f"{values} of the channels of experts are random numbers: the merge has to be trained."
+    if shares := _drawn_anew(plan):
+        yield f"{shares} are random numbers: the merge has to be trained."
 
 
-def _shares(part: Part) -> Iterator[float]:
+def _drawn_anew(plan: MergePlan) -> str:
+    """'25% of the channels of expert 0 and 50% of those of experts 1-2'; empty if nothing is drawn anew."""
+    owners: dict[float, set[tuple[str, int]]] = {}
+    for shard in plan.shards:
+        for part in shard.parts:
+            for reinit in _reinits(part):
+                # The name is 'layer 0 expert 3', where 3 counts the experts that FFNs are cut into.
+                kind, number = reinit.channels.split()[-2:]
+                index = int(number) // (plan.granularity if kind == EXPERT else 1)
+                owners.setdefault(reinit.share, set()).add((kind, index))
+    all_experts = {(EXPERT, index) for index in range(len(plan.gates.experts))}
+    texts = []
+    for share, found in sorted(owners.items()):
+        whose = "experts" if found == all_experts else _names(found)
+        texts.append(f"{share:.0%} of {'those' if texts else 'the channels'} of {whose}")
+    return " and ".join(texts)
+
+
+def _names(owners: Collection[tuple[str, int]]) -> str:
+    texts = []
+    for kind in sorted({kind for kind, _ in owners}):
+        numbers = sorted(number for each, number in owners if each == kind)
+        noun = "expert" if kind == EXPERT else "shared expert"
+        texts.append(f"{plural(noun, len(numbers))} {number_ranges(numbers)}")
+    return " and ".join(texts)
+
+
+def _reinits(part: Part) -> Iterator[Reinit]:
     for source in part.sources_read:
         if isinstance(source, Transform) and source.reinit is not None:
-            yield source.reinit.share
+            yield source.reinit

@@ -137,7 +137,8 @@ def test_grafted_models_have_the_expert_where_the_merge_has_it(zoo: Callable[...
         ("granite", {}, ["Granite MoE: moe_layers: it has experts in all layers"]),
         ("qwen3", {"moe_layers": "2-9"}, [r"there is no layer 9: the base has 3 layers, numbered from 0 to 2"]),
         ("qwen3", {"moe_layers": [0, 3]}, [r"moe_layers is \[0, 3\], but there is no layer 3"]),
-        ("qwen3", {"engines": ["vllm"]}, ["vLLM was not looked at"]),
+        ("qwen3", {"engines": ["vllm"]}, [r"vLLM was not looked at with layers without experts \(moe_layers\)"]),
+        ("ernie4_5", {}, [r"its experts may be in layers n - 1, 2n - 1, \.\.\. of a range"]),
     ],
 )
 def test_refusals(family: str, keys: dict[str, Any], said: list[str], zoo: Callable[..., Path]) -> None:
@@ -150,6 +151,11 @@ def test_refusals(family: str, keys: dict[str, Any], said: list[str], zoo: Calla
 def test_an_architecture_that_can_is_chosen(zoo: Callable[..., Path]) -> None:
     config = merge_config(zoo("llama"), [zoo("llama")] * 2, mode="random", moe_layers="odd")
     assert raymoe.plan(config, allow_all_same=True).architecture == "qwen2_moe"
+
+
+def test_transformers_is_an_engine_that_computes_layers_without_experts(zoo: Callable[..., Path]) -> None:
+    config = merge_config(zoo("qwen3"), [zoo("qwen3")] * 2, mode="random", moe_layers="odd", engines=["transformers"])
+    assert raymoe.plan(config, allow_all_same=True).architecture == "qwen3_moe"
 
 
 def test_the_docs_name_what_each_architecture_can_say() -> None:

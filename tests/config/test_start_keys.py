@@ -43,6 +43,8 @@ def test_layers(given: Any, kept: Any, layers: list[int]) -> None:
     ("given", "what", "remedy"),
     [
         ("evn", "'evn' is not a known value", "did you mean even?"),
+        ("none", "'none' is not a known value", "a list such as [0, 2, 4]"),
+        ("every", "'every' is not a known value", "did you mean all?"),
         ("9-8", "the range '9-8' ends before it begins", 'write "8-9"'),
         ("1,2", "'1,2' is no range of layers", "a list such as [0, 2, 4]"),
         ([], "no layer would have experts", "layer 0 is the first"),

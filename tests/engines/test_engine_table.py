@@ -267,3 +267,9 @@ def test_archs_of_an_engine(engine: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_archs_of_an_unknown_engine() -> None:
     with pytest.raises(ProblemReport, match="there is no engine 'vlm' in the table"):
         raymoe.archs(engine="vlm")
+
+
+def test_no_remark_in_the_table_of_an_engine_speaks_of_an_option_that_is_not_there() -> None:
+    remarks = [line.how for engine in ENGINES for line in architecture_lines(engine)]
+    assert not [how for how in remarks if "this option" in how]
+    assert "-rotary_embedding" in {line.architecture: line.how for line in architecture_lines("vllm")}["lfm2_moe"]
