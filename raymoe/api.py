@@ -507,6 +507,8 @@ def prune(
     Example:
         >>> raymoe.prune("out", "smaller", "texts.jsonl", drop=1)["removed"]
     """
+    from raymoe.editing import open_mixture
+    from raymoe.object_store.options import StorageOptions
     from raymoe.report.eval_numbers import mean_load
 
     reading: dict[str, Any] = {
@@ -523,12 +525,18 @@ def prune(
     if (keep is None) == (drop is None):
         what = "both are given" if keep is not None else "one of them is needed"
         raise ProblemReport([Problem(where="--keep, --drop", what=what, remedy="say how many experts stay, or go")])
-    before = evaluate(mixture, data, against=(), **reading)
-    count = len(before["experts"])
+    hub = hub_options(None, transformers_cache)
+    opened = open_mixture(str(mixture), hub, storage or StorageOptions(), trust_record=trust_record)
+    count, least = opened.experts, opened.per_token
     left = keep if keep is not None else count - (drop or 0)
-    if not 1 <= left < count:
-        what = f"{left} of {count} experts would stay"
-        raise ProblemReport([Problem(where="--keep, --drop", what=what, remedy=f"let 1 to {count - 1} of them stay")])
+    if not least <= left < count:
+        what = f"{left} of {count} experts would stay, and {least} work on each token"
+        numbers = str(least) if least == count - 1 else f"{least} to {count - 1}"
+        remedy = f"let {numbers} of them stay"
+        if least >= count:
+            remedy = "use raymoe edit, with --remove and --experts-per-token"
+        raise ProblemReport([Problem(where="--keep, --drop", what=what, remedy=remedy)])
+    before = evaluate(mixture, data, against=(), **reading)
     load = mean_load(before)
     removed = sorted(sorted(range(count), key=lambda number: (load[number], -number))[: count - left])
     edit(
@@ -709,7 +717,8 @@ def extract(
     try:
         ref = with_expert(parse_model_ref(str(mixture)), parse_expert(expert))
     except ValueError as error:
-        raise ProblemReport([Problem(where="mixture", what=str(error))]) from None
+        remedy = "name the mixture, and a number such as 0 for its first expert"
+        raise ProblemReport([Problem(where="mixture", what=str(error), remedy=remedy)]) from None
     chosen = merge_options(
         options,
         copy_tokenizer=copy_tokenizer,

@@ -67,9 +67,13 @@ def edit(
     """
     from raymoe import api
     from raymoe.console import say
+    from raymoe.errors import Problem, ProblemReport
     from raymoe.report.plan_report import print_result
     from raymoe.runtime.run_report import record_run
 
+    if as_json and not dry_run:
+        what = "it shows a plan, and without --dry-run the edit is done"
+        raise ProblemReport([Problem(where="--json", what=what, remedy="give --dry-run too, or leave out --json")])
     set_log_level(args.verbose)
     settings = args.settings()
     changes: dict[str, Any] = {

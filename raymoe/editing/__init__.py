@@ -10,6 +10,7 @@ resumes and verification are those of merges. This package only writes that conf
     translate.py    the config of NEW
 """
 
+from raymoe.editing.mixture import open_mixture
 from raymoe.editing.request import EditRequest, make_request
 from raymoe.editing.translate import Translation, check_plan_of_edit, plan_translation, translate_edit
 
@@ -18,6 +19,7 @@ __all__ = [
     "Translation",
     "check_plan_of_edit",
     "make_request",
+    "open_mixture",
     "plan_translation",
     "translate_edit",
 ]

@@ -51,8 +51,8 @@ class EditRequest:
 
 def make_request(
     *,
-    add: Sequence[ExpertSource] = (),
-    remove: Sequence[int | str] = (),
+    add: Sequence[ExpertSource] | Mapping[str, Any] = (),
+    remove: Sequence[int | str] | int = (),
     replace: Mapping[int, ExpertSource] | Sequence[str] = (),
     prompts: Mapping[int, Any] | Sequence[str] = (),
     keep_routers: bool = False,
@@ -71,6 +71,8 @@ def make_request(
             order. Or a mapping from numbers of experts to what a config has as `positive_prompts`.
         keep_routers, keep_backbone, base_model, gate_mode, experts_per_token: As in `EditRequest`.
 
+    One text, number or entry counts as a list of it: the letters of a name are no list of models.
+
     Returns:
         The request.
 
@@ -82,8 +84,12 @@ def make_request(
         (3,)
     """
     problems: list[Problem] = []
-    added = [_entry(source) for source in add]
-    removed = [number for each in remove for number in _numbers(each, problems)]
+    added = [_entry(source) for source in ((add,) if isinstance(add, str | Mapping) else add)]
+    removed = [
+        number
+        for each in ((remove,) if isinstance(remove, int | str) else remove)
+        for number in _numbers(each, problems)
+    ]
     replaced, pairs = _replacements(replace, problems)
     own, further = _prompts(prompts, problems)
     if len(further) > len(added):
@@ -138,7 +144,7 @@ def _replacements(
     if isinstance(given, Mapping):
         return {number: _entry(source) for number, source in given.items()}, list(given)
     found: list[tuple[int, Mapping[str, Any]]] = []
-    for text in given:
+    for text in (given,) if isinstance(given, str) else given:
         match = _NUMBERED.fullmatch(text)
         if match is None or not _NUMBER.fullmatch(match[1]):
             what = f"{text!r:.200} is not NUMBER=MODEL"
@@ -154,7 +160,7 @@ def _prompts(given: Mapping[int, Any] | Sequence[str], problems: list[Problem]) 
         return dict(given), []
     own: dict[int, Any] = {}
     further = []
-    for text in given:
+    for text in (given,) if isinstance(given, str) else given:
         match = _NUMBERED.fullmatch(text)
         if match is None or not _NUMBER.fullmatch(match[1]):
             further.append(text)

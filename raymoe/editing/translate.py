@@ -34,7 +34,8 @@ from raymoe.sources.hub import HubOptions
 from raymoe.sources.resolve import resolve_model, resolve_models
 from raymoe.storage.source_reader import SourceReader
 
-_FREE_OF_BASE = "give --base-model PATH with the dense model that it was made from, or --keep-routers"
+_GIVE_BASE = "give --base-model PATH with the dense model that it was made from"
+_GIVE_RIDGE = "--gate-mode ridge, whose prompts are read with the experts' FFNs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,19 +322,24 @@ class _Translator:
             if is_needed:
                 why = "with --keep-backbone, no dense model has" if base is not None else "it has no record of"
                 what = f"gate_mode {self._mode.name} reads prompts with the dense base model, and {why} it"
-                remedy = "give --gate-mode ridge, whose prompts are read with the experts' FFNs, or --keep-routers"
+                remedy = f"give {_GIVE_RIDGE}{self._or_keep_routers}"
                 if base is None:
-                    remedy = f"{_FREE_OF_BASE}, or --gate-mode ridge, whose prompts are read with the experts' FFNs"
+                    remedy = f"{_GIVE_BASE}{self._or_keep_routers}, or {_GIVE_RIDGE}"
                 self._problems.append(Problem(where=self._label, what=what, remedy=remedy))
             return own, True
         if self._resolve(base) is not None:
             return base, False
         if is_needed:
             what = f"its base model {base}, with which gate_mode {self._mode.name} reads prompts, can't be read"
-            self._problems.append(Problem(where=self._label, what=what, remedy=_FREE_OF_BASE))
+            self._problems.append(Problem(where=self._label, what=what, remedy=f"{_GIVE_BASE}{self._or_keep_routers}"))
         else:
             self._notes.append(f"the base model {base} can't be read: the backbone is that of {self._label}")
         return own, True
+
+    @property
+    def _or_keep_routers(self) -> str:
+        """The end of a remedy, where the option is not given already."""
+        return "" if self._request.keep_routers else ", or --keep-routers"
 
     def _resolve(self, ref: ModelRef) -> ModelFacts | None:
         """A model of the record, or an expert of the mixture; None if it can't be read."""

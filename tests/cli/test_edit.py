@@ -49,11 +49,15 @@ def test_mistakes_are_told_at_once(old: Path, cli: Cli, tmp_path: Path) -> None:
     assert answer.code == 2 and not (tmp_path / "new").exists()
     for part in ("'x' is not the number of an expert", "'model' is not NUMBER=MODEL", "1 file is for an added model"):
         assert part in answer.err
+    plan = cli("edit", old, tmp_path / "new", "--remove", "0", "--json")
+    assert plan.code == 2 and "give --dry-run too" in plan.err and not (tmp_path / "new").exists()
     same = cli("edit", old, old, "--remove", "0", "--overwrite")
     assert same.code == 2 and "choose another output" in same.err
 
 
-def test_experts_with_the_fewest_tokens_are_dropped(old: Path, cli: Cli, tmp_path: Path) -> None:
+def test_experts_with_the_fewest_tokens_are_dropped(
+    old: Path, cli: Cli, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
     data = tmp_path / "texts.jsonl"
     lines = [{"label": str(number), "text": text} for number, texts in enumerate(PROMPTS[:3]) for text in texts]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -72,6 +76,10 @@ def test_experts_with_the_fewest_tokens_are_dropped(old: Path, cli: Cli, tmp_pat
         (("--keep", 3), "3 of 3 experts"),
         ((), "one of them is needed"),
         (("--drop", 3), "0 of 3 experts"),
+        (("--keep", 1), "1 of 3 experts would stay, and 2 work on each token\n    -> let 2 of them stay"),
     ):
         answer = cli("prune", old, tmp_path / "none", "--data", data, "--device", "cpu", *wrong)
         assert answer.code == 2 and what in answer.err and not (tmp_path / "none").exists()
+        assert "texts read" not in answer.err, "before any text is read"
+    dense = cli("prune", zoo("llama"), tmp_path / "none", "--data", data, "--drop", 1)
+    assert dense.code == 2 and "not a mixture that raymoe writes" in dense.err, dense.err

@@ -91,6 +91,10 @@ def test_nothing_but_the_mixture_is_needed(zoo: Callable[..., Path], tmp_path: P
     same_weights(tmp_path / "from bare", tmp_path / "expected")
     with pytest.raises(ProblemReport, match=r"--base-model PATH .*or --keep-routers"):
         edit_here(tmp_path / "old", tmp_path / "computed", remove=[0])
+    new = {"source_model": str(zoo("llama", seed=5)), "positive_prompts": ["a text"]}
+    with pytest.raises(ProblemReport, match="--base-model PATH") as report:
+        edit_here(tmp_path / "old", tmp_path / "computed", add=[new], keep_routers=True)
+    assert "--keep-routers" not in str(report.value), "it is given already"
 
 
 def test_a_config_may_keep_rows(zoo: Callable[..., Path], tmp_path: Path) -> None:

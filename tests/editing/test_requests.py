@@ -34,6 +34,15 @@ def refused(old: Path | str, **changes: Any) -> str:
     return str(report.value)
 
 
+def test_one_value_is_a_list_of_it() -> None:
+    request = make_request(add="org/law", remove=12, replace="1=org/code", prompts="law.jsonl")
+    assert request.add == ({"source_model": "org/law", "positive_prompts": {"file": "law.jsonl"}},)
+    assert request.remove == (12,) == make_request(remove="12").remove
+    assert request.replace == {1: {"source_model": "org/code"}}
+    entry = {"source_model": "org/law"}
+    assert make_request(add=entry).add == (entry,)
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
