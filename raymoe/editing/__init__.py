@@ -8,6 +8,7 @@ resumes and verification are those of merges. This package only writes that conf
     request.py      what a user asks for, from a command's options or Python's arguments
     mixture.py      OLD: its record, its number of experts, what a mixture without a record has
     translate.py    the config of NEW
+    backbone_check.py  whether the base is that of OLD
 """
 
 from raymoe.editing.mixture import open_mixture

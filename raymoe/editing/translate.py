@@ -19,6 +19,7 @@ from raymoe.checkpoints.edit_record import Edit, EditedExpert
 from raymoe.config import ExpertConfig, MergeConfig, make_config
 from raymoe.config.backbone import BASE_BACKBONE
 from raymoe.config.model_refs import SHARED_EXPERT, ModelRef, parse_model_ref
+from raymoe.editing.backbone_check import backbone_problems
 from raymoe.editing.mixture import OpenedMixture, has_shared_expert, open_mixture, unknown_settings
 from raymoe.editing.request import EditRequest
 from raymoe.errors import Problem, ProblemReport
@@ -399,19 +400,21 @@ def _as_mapping(expert: ExpertConfig) -> Mapping[str, Any]:
 
 
 def check_plan_of_edit(translation: Translation, plan: MergePlan, hub: HubOptions) -> None:
-    """Check the plan of an edit of a mixture that raymoe has no record of.
+    """Check what the plan of an edit takes from elsewhere than the mixture.
 
-    Raises ProblemReport if the mixture has what the merge would lose: other settings of routing, trained biases of
-    routers.
+    Raises ProblemReport if the base has another backbone than the mixture; or, for a mixture that raymoe has no record
+    of, if it has what the merge would lose: other settings of routing, trained biases of routers.
     """
-    mixture = translation.mixture
-    if mixture.record is not None:
-        return
-    view = resolve_model(mixture.expert(0), hub, translation.config.storage)
-    spec = read_spec(view.config, view.label)
-    assert isinstance(spec, DenseSpec)  # the plan was made with it
-    with SourceReader(hub, translation.config.storage) as reader:
-        problems = list(unknown_settings(mixture, spec, plan.text_config, reader))
+    mixture, config = translation.mixture, translation.config
+    view = resolve_model(mixture.expert(0), hub, config.storage)
+    problems: list[Problem] = []
+    with SourceReader(hub, config.storage) as reader:
+        if config.base_model.model.path != mixture.ref.path:
+            problems += backbone_problems(view, resolve_model(config.base_model, hub, config.storage), reader)
+        if mixture.record is None:
+            spec = read_spec(view.config, view.label)
+            assert isinstance(spec, DenseSpec)  # the plan was made with it
+            problems += unknown_settings(mixture, spec, plan.text_config, reader)
     if problems:
         raise ProblemReport(problems)
 

@@ -40,7 +40,7 @@ def _drawn_anew(plan: MergePlan) -> str:
                 index = int(number) // (plan.granularity if kind == EXPERT else 1)
                 owners.setdefault(reinit.share, set()).add((kind, index))
     all_experts = {(EXPERT, index) for index in range(len(plan.gates.experts))}
-    texts = []
+    texts: list[str] = []
     for share, found in sorted(owners.items()):
         whose = "experts" if found == all_experts else _names(found)
         texts.append(f"{share:.0%} of {'those' if texts else 'the channels'} of {whose}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import raymoe
 from raymoe.editing import make_request
@@ -105,6 +106,22 @@ def test_a_merged_backbone_is_kept_only_if_asked(zoo: Callable[..., Path], tmp_p
     merge_here(hidden, tmp_path / "hidden")
     found = refused(tmp_path / "hidden", remove=[0], keep_backbone=True)
     assert "--gate-mode ridge" in found and "--keep-routers" in found
+
+
+def test_no_other_backbone_comes_in_unseen(old: Path, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Also where no router is computed: the base of the edit gives attention, norms and embeddings."""
+    wrong = str(zoo("llama", seed=3))
+    for changes in ({}, {"keep_routers": True}):
+        found = refused(old, remove=[0], base_model=wrong, **changes)
+        assert "another backbone than" in found and "--keep-backbone" in found
+    trained = Path(shutil.copytree(old, tmp_path / "trained"))
+    shard = next(path for path in trained.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(shard)
+    size = tensors["model.norm.weight"].numel()
+    save_file({**tensors, "model.norm.weight": torch.full((size,), 2.0)}, shard, {"format": "pt"})
+    assert "model.norm.weight" in refused(trained, remove=[0], keep_routers=True)
+    edit_here(trained, tmp_path / "new", remove=[0], keep_routers=True, keep_backbone=True)
+    assert tensors_of(tmp_path / "new")["model.norm.weight"].tolist() == [2.0] * size
 
 
 def test_adapters_are_read_as_they_were(zoo: Callable[..., Path], tmp_path: Path) -> None:
