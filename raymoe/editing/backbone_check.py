@@ -9,9 +9,8 @@ from raymoe.errors import Problem
 from raymoe.formatting import short_list
 from raymoe.object_store.location import LocationKind
 from raymoe.sources.facts import ModelFacts, TensorEntry
+from raymoe.sources.tensor_samples import middle_of
 from raymoe.storage.source_reader import SourceReader
-
-_SAMPLE_BYTES = 4096
 
 
 def backbone_problems(view: ModelFacts, base: ModelFacts, reader: SourceReader) -> Iterator[Problem]:
@@ -19,7 +18,7 @@ def backbone_problems(view: ModelFacts, base: ModelFacts, reader: SourceReader) 
 
     Samples from the middle of tensors are compared: of those outside of layers, and of the first and the last layer.
     Tensors of another dtype or shape are not compared, since a merge may have cast or padded them; and none of a Hub
-    repository, of which whole files would be downloaded.
+    repository, whose files would be downloaded whole.
 
     Args:
         view: An expert of the mixture, as a dense model.
@@ -50,6 +49,5 @@ def backbone_problems(view: ModelFacts, base: ModelFacts, reader: SourceReader) 
 
 
 def _sample(entry: TensorEntry, reader: SourceReader) -> bytes:
-    start = entry.start + max(0, entry.nbytes // 2 - _SAMPLE_BYTES // 2)
-    (content,) = reader.read_ranges(entry.file, [(start, min(start + _SAMPLE_BYTES, entry.end))])
+    (content,) = reader.read_ranges(entry.file, [middle_of(entry)])
     return bytes(content)

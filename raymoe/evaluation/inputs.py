@@ -91,7 +91,7 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     hidden = None
     if "hidden" in wanted and options.named is None and _lacks_reader(merge, (sources or {}).get(BASE)):
         wanted.remove("hidden")
-        warnings.append("not compared with gate mode hidden: the base is a mixture, of which only the backbone is used")
+        warnings.append("not compared with gate mode hidden: the base is a mixture, and only its backbone is used")
     if sources is not None and "hidden" in wanted:
         hidden = collector.run(plan_hidden, merge, wanted, options)
     tokenizer = collector.run(open_tokenizer, merge, options)

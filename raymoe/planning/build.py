@@ -180,8 +180,8 @@ def _prompt_model_problems(config: MergeConfig, base: ModelFacts) -> list[Proble
     if _prompt_model(config) != "base":
         return []
     what = (
-        f"gate_mode {config.gate_mode} reads prompts with base_model, and this is a {base.mixture.title}, of which "
-        "only the backbone is used"
+        f"gate_mode {config.gate_mode} reads prompts with base_model, and this is a {base.mixture.title}, and "
+        "only its backbone is used"
     )
     remedy = (
         "use prompt_model: grafted, in which each expert's FFNs read its prompts, or write base_model: "
@@ -196,7 +196,7 @@ def _plain_layer_problems(config: MergeConfig, base: ModelFacts, moe: MoeShape) 
         return []
     what = (
         "moe_layers leaves out layers, which get the base's FFN, and this is a "
-        f"{base.mixture.title}, of which only the backbone is used"
+        f"{base.mixture.title}, and only its backbone is used"
     )
     remedy = f"write base_model: {config.base_model}#0, whose expert 0 gives these layers their FFN"
     return [Problem(where=f"base_model ({base.label})", what=what, remedy=remedy)]

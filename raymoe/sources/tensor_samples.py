@@ -29,17 +29,23 @@ def _differ(one: TensorEntry, other: TensorEntry) -> bool:
     return None not in samples and samples[0] != samples[1]
 
 
+def middle_of(entry: TensorEntry) -> tuple[int, int]:
+    """The range of a tensor's file that a sample is: up to 4 KiB from its middle."""
+    start = entry.start + max(0, entry.nbytes // 2 - _SAMPLE_BYTES // 2)
+    return start, min(start + _SAMPLE_BYTES, entry.end)
+
+
 def _sample(entry: TensorEntry) -> bytes | None:
     """Bytes from the middle of a tensor; None if its file can't be read here."""
     if not entry.file.kind.is_local:
         return None
-    start = entry.start + max(0, entry.nbytes // 2 - _SAMPLE_BYTES // 2)
+    start, end = middle_of(entry)
     try:
         descriptor = open_file(entry.file)
     except (CheckpointError, OSError):  # reported when the weights are read
         return None
     try:
-        return os.pread(descriptor, min(_SAMPLE_BYTES, entry.end - start), start)
+        return os.pread(descriptor, end - start, start)
     except OSError:
         return None
     finally:
